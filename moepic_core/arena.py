@@ -1,0 +1,77 @@
+"""All device bytes, counted against one hard budget.
+
+Everything that the engine puts on the device is allocated or reserved here by kind, so "accounted bytes never exceed the
+budget" is checked at each allocation and nowhere else. Buffers are separate allocations, one per slot: shrinking a cache is
+dropping buffers, growing is allocating more, and nothing that stays is moved. Does not know what a buffer holds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import OutOfRoom
+from .packing import align, aligned_bytes
+from .units import format_bytes
+
+KINDS = ("resident", "kv", "workspace", "staging", "cache")
+
+
+class Arena:
+    def __init__(self, device: torch.device, budget_bytes: int) -> None:
+        self.device = device
+        self.budget_bytes = budget_bytes
+        self.bytes_by_kind = dict.fromkeys(KINDS, 0)
+        self.peak_bytes = 0
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(self.bytes_by_kind.values())
+
+    def reserve(self, kind: str, nbytes: int) -> None:
+        """Counts `nbytes` that somebody else allocates (weights, KV). Raises OutOfRoom past the budget."""
+        if self.used_bytes + nbytes > self.budget_bytes:
+            raise OutOfRoom(
+                f"the device budget of {format_bytes(self.budget_bytes)} has {format_bytes(self.budget_bytes - self.used_bytes)} "
+                f"left, {format_bytes(nbytes)} more is needed for {kind}; raise the budget or shorten the context"
+            )
+        self.bytes_by_kind[kind] += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    def release(self, kind: str, nbytes: int) -> None:
+        assert nbytes <= self.bytes_by_kind[kind], (kind, nbytes, self.bytes_by_kind[kind])
+        self.bytes_by_kind[kind] -= nbytes
+
+    def allocate(self, kind: str, nbytes: int) -> Tensor:
+        """A byte buffer `[align(nbytes)]` at an aligned address. Raises OutOfRoom when budget or machine has none left."""
+        nbytes = align(nbytes)
+        self.reserve(kind, nbytes)
+        try:
+            return _allocate(nbytes, self.device)
+        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError from the CPU allocator
+            self.release(kind, nbytes)
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfRoom(
+                f"the machine refused {format_bytes(nbytes)} for {kind} although the budget has room; "
+                f"another program may hold the memory; lower the budget"
+            ) from error
+
+    def free(self, kind: str, buffer: Tensor) -> None:
+        """Stops counting `buffer`; its memory returns when the caller drops the last reference."""
+        self.release(kind, buffer.numel())
+
+    def check(self) -> None:
+        assert self.used_bytes <= self.budget_bytes, (self.bytes_by_kind, self.budget_bytes)
+        assert all(count >= 0 for count in self.bytes_by_kind.values()), self.bytes_by_kind
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch said that a memory, of the device or of the host, is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _allocate(nbytes: int, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)  # CUDA needs no alignment beyond the allocator's own
+    return aligned_bytes(nbytes)

@@ -1,0 +1,73 @@
+"""The arithmetic of one expert segment: gate, up, activation, down, and the sum over a token's experts.
+
+Called by the adapter's experts function. Every (token, k) pair is accumulated in float32 and the k pairs are added in a
+fixed order at the end, so the answer does not depend on which segment arrived first, on cache size or on policy. Knows
+nothing of where weights live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Combine = Callable[[Tensor, Tensor], Tensor]  # (gate [t, rows], up [t, rows]) -> [t, rows]
+
+
+@dataclass(frozen=True)
+class ExpertMath:
+    """What distinguishes one model family's experts from another's, without naming families."""
+
+    combine: Combine | None  # gated experts
+    activation: Callable[[Tensor], Tensor] | None  # ungated experts
+    gate_bias: Tensor | None = None  # [experts, neurons]
+    up_bias: Tensor | None = None  # [experts, neurons]
+    down_bias: Tensor | None = None  # [experts, hidden]
+
+    def segment(self, x: Tensor, weights: Tensor, expert: int, start_row: int) -> Tensor:
+        """Contribution of neurons `start_row…` of `expert`: x `[t, hidden]`, weights `[rows, matrices, hidden]` → `[t, hidden]`.
+
+        Matrices are read with the record's stride; that costs under 10 % against contiguous ones (docs/LOG.md).
+        """
+        rows = slice(start_row, start_row + weights.shape[0])
+        if self.combine is not None:
+            gate = F.linear(x, weights[:, 0], None if self.gate_bias is None else self.gate_bias[expert, rows])
+            up = F.linear(x, weights[:, 1], None if self.up_bias is None else self.up_bias[expert, rows])
+            return torch.mm(self.combine(gate, up), weights[:, 2])
+        assert self.activation is not None
+        up = F.linear(x, weights[:, 0], None if self.up_bias is None else self.up_bias[expert, rows])
+        return torch.mm(self.activation(up), weights[:, 1])
+
+
+class PairSum:
+    """Float32 sums per (token, k) pair, `[tokens, k, hidden]`, filled segment by segment in any order.
+
+    Exact for any order of a pair's two segments, because 0 + a + b and 0 + b + a round alike.
+    """
+
+    def __init__(self, hidden_states: Tensor, top_k_index: Tensor) -> None:
+        """hidden_states `[tokens, hidden]`, top_k_index `[tokens, k]`."""
+        tokens, k = top_k_index.shape
+        self.hidden_states = hidden_states
+        self.top_k_index = top_k_index
+        self.pairs = hidden_states.new_zeros((tokens * k, hidden_states.shape[1]), dtype=torch.float32)
+        self.k = k
+        self.single = tokens == 1
+
+    def add(self, y: Tensor, pair_index: Tensor | int) -> None:
+        """Adds y `[t, hidden]` to the pairs at `pair_index` (`[t]`, or one number when there is one token)."""
+        if isinstance(pair_index, int):
+            self.pairs[pair_index].add_(y[0])
+        else:
+            self.pairs.index_add_(0, pair_index, y.float())
+
+    def total(self, top_k_weights: Tensor, down_bias: Tensor | None) -> Tensor:
+        """Weighted sum over k in float32, rounded once: `[tokens, hidden]` in the input's dtype."""
+        tokens, hidden = self.hidden_states.shape
+        pairs = self.pairs.view(tokens, self.k, hidden)
+        if down_bias is not None:
+            pairs = pairs + down_bias[self.top_k_index].float()
+        return (pairs * top_k_weights.float().unsqueeze(-1)).sum(dim=1).to(self.hidden_states.dtype)

@@ -1,0 +1,226 @@
+"""Loads a checkpoint through Transformers' own doors, with the routed experts diverted into a host store.
+
+A custom quantizer is Transformers' documented place to treat parameters while they load: it sees each fused expert tensor
+after Transformers' own renaming and merging, so no model names and no name maps are needed here. Experts stay on the meta
+device, everything else loads as usual; memory peaks at the store plus about one layer. Called once by the engine.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..lazy_tensors import LazyTensors
+from ..errors import BadCheckpoint, MoepicError
+from ..host_store import HostStore, check_layout
+from ..packing import FusedLayout
+from ..spec import ModelSpec
+
+_METHOD = "moepic"
+
+
+class ExpertSink:
+    """Receives fused expert tensors while the model loads and hands complete layers to the store."""
+
+    def __init__(self, spec: ModelSpec, store: HostStore) -> None:
+        self.spec = spec
+        self.store = store
+        self.modules: dict[str, nn.Module] = {}  # experts modules by path, in the order of execution
+        self._parts: dict[str, dict[str, Tensor]] = {}
+        self.error: MoepicError | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertSink:
+        return self  # Transformers copies configs; the store must not be copied with them
+
+    def find_experts(self, model: nn.Module) -> None:
+        """Finds the experts modules of the skeleton and compares them with what the files say."""
+        self.modules = {name: module for name, module in model.named_modules() if hasattr(module, "is_concatenated")}
+        if len(self.modules) != len(self.spec.moe_layers):
+            raise BadCheckpoint(
+                f"{self.spec.architecture} has {len(self.modules)} expert layers behind Transformers' experts interface, "
+                f"the files hold {len(self.spec.moe_layers)}; this family or this checkpoint's config is not supported"
+            )
+        for (name, module), layer in zip(self.modules.items(), self.spec.moe_layers, strict=True):
+            check_layout(layer, dict(module.named_parameters(recurse=False)), layout_of(module), name)
+            module._is_hf_initialized = True  # type: ignore[assignment]  # no random numbers for weights that arrive elsewhere
+            if self.store.complete:
+                drop_fused(module)
+
+    def receive(self, name: str, tensor: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        parts = self._parts.setdefault(path, {})
+        parts[leaf] = tensor
+        module = self.modules[path]
+        layout = layout_of(module)
+        if len(parts) == len(layout.shapes(self.spec.moe_layers[0])):
+            position = list(self.modules).index(path)
+            check_layout(self.spec.moe_layers[position], parts, layout, path)
+            self.store.add_layer(position, self._parts.pop(path), layout)
+
+
+def layout_of(module: nn.Module) -> FusedLayout:
+    """The module's layout flags. Refuses those that packing does not support, by name."""
+    if getattr(module, "has_post_expert_norm", False):
+        raise BadCheckpoint(
+            f"{type(module).__name__} normalises each expert's output (has_post_expert_norm), which a split expert cannot; "
+            f"this family is not supported"
+        )
+    return FusedLayout(bool(module.has_gate), bool(module.is_transposed), bool(module.is_concatenated))
+
+
+def drop_fused(module: nn.Module) -> None:
+    """Removes the fused parameters that now live in the host store."""
+    for name in (layout_of(module).input_name, "down_proj"):
+        delattr(module, name)
+
+
+def load_model(
+    spec: ModelSpec, tensors: LazyTensors, store: HostStore, device: torch.device
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The model in eval mode on `device`, without routed experts, and its experts modules by path, in order of execution.
+
+    Raises BadCheckpoint when anything is missing, left over in shape or unknown to Transformers; Cancelled when asked.
+    """
+    _register()
+    sink = ExpertSink(spec, store)
+    config, model_class = model_class_of(spec)
+    with _quiet():
+        try:
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=getattr(torch, spec.dtype),
+                quantization_config=_Config(sink=sink),
+                output_loading_info=True,
+            )
+        except (RuntimeError, ValueError, KeyError) as error:
+            if sink.error is not None:  # Transformers wraps what a conversion raises
+                raise sink.error from error
+            raise BadCheckpoint(f"Transformers cannot load {spec.name}: {_first_line(error)}") from error
+    _nothing_missing(spec, info)
+    store.seal()
+    for module in sink.modules.values():
+        if hasattr(module, "down_proj"):  # dropped before loading when the store was complete already
+            drop_fused(module)
+    del model.config.quantization_config
+    generation = _generation_config(spec)
+    if generation is not None:
+        model.generation_config = generation
+    model.requires_grad_(False)
+    return model.to(device).eval(), sink.modules
+
+
+def model_class_of(spec: ModelSpec) -> tuple[Any, Any]:
+    """Transformers' config and causal-LM class for the checkpoint; BadCheckpoint when there is none."""
+    try:
+        config = AutoConfig.from_pretrained(spec.path, trust_remote_code=False, local_files_only=True)
+        return config, AutoModelForCausalLM._model_mapping[type(config)]
+    except (ValueError, KeyError) as error:
+        raise BadCheckpoint(
+            f"model type '{spec.model_type}' has no causal language model in this Transformers; "
+            f"update Transformers or choose another checkpoint (code from checkpoints is never run)"
+        ) from error
+
+
+def _generation_config(spec: ModelSpec) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(spec.path, local_files_only=True)
+    except OSError:
+        return None  # optional file
+
+
+def _nothing_missing(spec: ModelSpec, info: Mapping[str, Any]) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BadCheckpoint(f"{spec.name} lacks {len(missing)} tensors, among them {missing[0]}; download it again")
+    if info["mismatched_keys"]:
+        name, found, wanted = next(iter(sorted(info["mismatched_keys"])))
+        raise BadCheckpoint(f"{name} has shape {list(found)} but the config asks for {list(wanted)}; the checkpoint is damaged")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class _Pack(ConversionOps):
+    """Transformers' quantize operation: takes a fused tensor away and reports it as treated."""
+
+    def __init__(self, sink: ExpertSink) -> None:
+        self.sink = sink
+
+    def convert(self, input_dict: Mapping[str, Any], full_layer_name: str = "", missing_keys: set[str] | None = None, **_: Any) -> dict[str, Any]:
+        for value in input_dict.values():
+            try:
+                self.sink.receive(full_layer_name, value[0] if isinstance(value, list) else value)
+            except MoepicError as error:
+                self.sink.error = error
+                raise
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+class _Quantizer(HfQuantizer):  # type: ignore[misc]
+    requires_calibration = False
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return False
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        path, _, leaf = param_name.rpartition(".")
+        module = self.quantization_config.sink.modules.get(path)
+        return module is not None and leaf in (layout_of(module).input_name, "down_proj")
+
+    def get_quantize_ops(self) -> _Pack:
+        return _Pack(self.quantization_config.sink)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        self.quantization_config.sink.find_experts(model)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        return
+
+
+class _Config(QuantizationConfigMixin):  # type: ignore[misc]
+    def __init__(self, sink: ExpertSink | None = None, **_: Any) -> None:
+        self.quant_method = _METHOD
+        self.sink = sink
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": _METHOD}
+
+
+@functools.cache
+def _register() -> None:
+    register_quantization_config(_METHOD)(_Config)
+    register_quantizer(_METHOD)(_Quantizer)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers reports unused keys and draws progress bars; our own checks and progress say it better."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

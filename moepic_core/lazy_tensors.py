@@ -1,0 +1,102 @@
+"""A checkpoint's tensors by name, each read from its file at the moment it is asked for.
+
+`hf_adapter` hands the mapping to Transformers as a state dict, which calls `tensor[...]` once per tensor, one weight at
+a time. Bytes are read straight into fresh memory, not mapped from the file: resident memory grows by the tensor and
+nothing else, and no second copy is made. Neither names nor shapes are interpreted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import EllipsisType
+
+import torch
+
+from .errors import BadCheckpoint, Cancelled
+from .safetensors_header import TensorInfo
+
+CHUNK_BYTES = 8 << 20  # large enough to read at full speed, small enough that a stop takes effect within milliseconds
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """One tensor that is still in its file. `tensor[...]` reads it."""
+
+    info: TensorInfo
+    on_read: Callable[[int], None]  # told the bytes of each chunk, may raise
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.info.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.info.dtype]
+
+    def __getitem__(self, index: EllipsisType) -> torch.Tensor:
+        """The whole tensor in fresh CPU memory. Raises BadCheckpoint when the file cannot be read to the end."""
+        assert index is Ellipsis, f"a checkpoint tensor is read whole, with [...], not with [{index!r}]"
+        buffer = torch.empty(self.info.num_bytes, dtype=torch.uint8)
+        self._read_into(buffer.numpy().data)
+        return buffer.view(self.dtype).view(self.info.shape)
+
+    def _read_into(self, target: memoryview) -> None:
+        try:
+            # Opening anew costs microseconds and leaves nothing to close or to share between loading threads.
+            with self.info.file.open("rb", buffering=0) as file:
+                file.seek(self.info.start)
+                while len(target):
+                    count = file.readinto(target[:CHUNK_BYTES])
+                    if not count:
+                        raise BadCheckpoint(
+                            f"{self.info.file} ended {len(target)} bytes early; it changed while loading"
+                        )
+                    target = target[count:]
+                    self.on_read(count)
+        except OSError as error:
+            raise BadCheckpoint(f"{self.info.file} cannot be read: {error.strerror}; check the disk") from error
+
+
+class LazyTensors(Mapping[str, CheckpointTensor]):
+    """Tensor name to CheckpointTensor, in the order of `tensors`.
+
+    `progress` is called with the bytes of every chunk that was read, from whichever thread reads. Before each chunk is
+    reported `cancelled` is asked; when it says yes, reading stops with Cancelled.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        progress: Callable[[int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        self._tensors = tensors
+        self._progress = progress
+        self._cancelled = cancelled
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors: what `progress` adds up to when every tensor is read once."""
+        return sum(info.num_bytes for info in self._tensors.values())
+
+    def __getitem__(self, name: str) -> CheckpointTensor:
+        return CheckpointTensor(self._tensors[name], self._on_read)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _on_read(self, count: int) -> None:
+        if self._cancelled is not None and self._cancelled():
+            raise Cancelled("loading was stopped")
+        if self._progress is not None:
+            self._progress(count)

@@ -1,0 +1,449 @@
+"""The heart: brings a layer's experts to where they are computed, and decides what stays.
+
+The only place where cache, host store, transfer, eviction, predictor and telemetry meet. The adapter opens a `Step` for each
+MoE layer, asks for a prefetch of the next, and computes the pieces that the step hands out in the order of readiness:
+resident segments first, then each arriving segment as its ticket completes. All state changes happen on the compute thread.
+Does no arithmetic on weights and knows no stream, thread or file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arena import Arena
+from .device_cache import LayerCache, Slot, SlotState
+from .errors import Cancelled
+from .eviction import EvictionPolicy, make_policy
+from .host_store import HostStore
+from .packing import record_stride, rows_of, segment
+from .predictor import Predictor
+from .spec import MoeLayer, Plan
+from .staging import Staging, StagingBuffer
+from .telemetry import Telemetry
+from .trace import EventKind, Outcome, Part
+from .transfer.base import Priority, Ticket, Transfer
+
+
+class Piece(NamedTuple):
+    """One segment, ready to compute with."""
+
+    expert: int
+    start_row: int
+    weights: Tensor  # [rows, matrices, hidden]
+
+
+class Residency:
+    def __init__(
+        self,
+        layers: Sequence[MoeLayer],
+        dtype: torch.dtype,
+        store: HostStore,
+        transfer: Transfer,
+        arena: Arena,
+        telemetry: Telemetry,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self.layers = layers
+        self.dtype = dtype
+        self.store = store
+        self.transfer = transfer
+        self.arena = arena
+        self.telemetry = telemetry
+        self.cancelled = cancelled
+        self.caches = [LayerCache(layer, dtype, arena) for layer in layers]
+        self.staging = Staging(arena)
+        self.policies: list[EvictionPolicy] = []
+        self.predictor = Predictor(len(layers), max_depth=1)
+        self.plan: Plan | None = None
+        self.token = 0  # number of the first token of the running pass, counted over the engine's life
+        self.decode = True
+        self._pass_tokens = 0
+        self._wishes: deque[tuple[int, int]] = deque()  # (layer, expert) still to be prefetched, best first
+
+    def apply(self, plan: Plan) -> None:
+        """Makes the device look as `plan` says, between two forward passes. Gives back memory before it takes any."""
+        self.forget_guesses()
+        if self.plan is None or self.plan.eviction != plan.eviction:
+            self.policies = [make_policy(plan.eviction, layer.num_experts) for layer in self.layers]
+        if self.plan is None or self.plan.prefetch_depth != plan.prefetch_depth:
+            self.predictor = Predictor(len(self.layers), max_depth=max(1, plan.prefetch_depth))
+        self.plan = plan
+        for cache, policy, share in zip(self.caches, self.policies, plan.layers, strict=True):
+            cache.shrink(share.slots, share.top_rows, policy.ranking(self.token))
+        self.arena.budget_bytes = plan.memory.budget
+        self.staging.resize(plan.staging_records, max(record_stride(layer) for layer in self.layers))
+        for cache, share in zip(self.caches, plan.layers, strict=True):
+            cache.grow(share.slots)
+
+    def begin_pass(self, tokens: int) -> None:
+        """A forward pass over `tokens` new tokens starts. One token is decoding, more are prefill."""
+        self.token += self._pass_tokens
+        self._pass_tokens = tokens
+        self.decode = tokens == 1
+
+    @property
+    def prefetching(self) -> bool:
+        return self.plan is not None and self.plan.predictor != "none"
+
+    def step(self, layer: int, counts: Mapping[int, int]) -> Step:
+        """One MoE layer that needs the experts `counts` (expert → tokens routed to it). Use as a context manager."""
+        if self.cancelled():
+            raise Cancelled("stopped by the user")
+        return Step(self, layer, counts)
+
+    def end_pass(self) -> int:
+        """The pass is over: hands the link's events to telemetry. Returns the number of the pass's last token."""
+        last = self.token + self._pass_tokens - 1
+        for event in self.transfer.drain_events():
+            kind = EventKind.DEMAND if event.priority is Priority.DEMAND else EventKind.PREFETCH
+            layer, expert, part = event.tag  # type: ignore[misc]  # the tag that `_submit` gave
+            self.telemetry.event(kind, layer, expert, part, event.start_s, event.end_s, event.nbytes, last)
+        return last
+
+    def computed(self, layer: int, piece: Piece, start_s: float) -> None:
+        """The adapter computed `piece` from `start_s` until now."""
+        whole = self.layers[layer].neurons == piece.weights.shape[0]
+        part = Part.WHOLE if whole else Part.TOP if piece.start_row == 0 else Part.BOTTOM
+        self.telemetry.event(
+            EventKind.COMPUTE, layer, piece.expert, part, start_s, time.perf_counter(), 0, self.token
+        )
+
+    def prefetch(self, layer: int, ranked: Sequence[int]) -> None:
+        """Queues guesses for `layer`, the next to run, best first. They never delay a demand."""
+        assert self.plan is not None
+        if self.decode:
+            guesses = self.predictor.propose(layer, ranked[: self.plan.prefetch_depth])
+            ranked = [guess.expert for guess in guesses]
+        self._wishes = deque((layer, expert) for expert in ranked)
+        self.place_wishes()
+
+    def place_wishes(self) -> None:
+        """Starts as many queued guesses as staging has free buffers."""
+        while self._wishes and self.staging.free:
+            layer, expert = self._wishes.popleft()
+            cache = self.caches[layer]
+            top_cached = cache.find(expert) is not None
+            if self.staging.find_guess(layer, expert) is not None or (
+                top_cached and cache.top_rows == self.layers[layer].neurons
+            ):
+                continue
+            buffer = self.staging.take_guess(layer, expert)
+            assert buffer is not None
+            self.load(buffer, Priority.PREFETCH, with_top=not top_cached)
+
+    def load(self, buffer: StagingBuffer, priority: Priority, with_top: bool) -> None:
+        """Sends the buffer's expert into it: the bottom, and the top before it when asked."""
+        rows = self.caches[buffer.layer].top_rows
+        if with_top and rows > 0:
+            buffer.top = self._submit(buffer, 0, rows, priority)
+        if rows < self.layers[buffer.layer].neurons:
+            buffer.bottom = self._submit(buffer, rows, self.layers[buffer.layer].neurons, priority)
+
+    def load_top(self, layer: int, slot: Slot) -> Ticket:
+        """Demands the top of the slot's expert straight into the slot."""
+        top = self.caches[layer].top
+        assert top is not None
+        source = self.store.source(layer, slot.expert, top)
+        tag = (layer, slot.expert, Part.TOP)
+        return self.transfer.submit(source, slot.buffer, Priority.DEMAND, tag=tag, after=slot.fence)
+
+    def room_for_top(self, layer: int, expert: int, protected: Mapping[int, int] | set[int]) -> Slot | None:
+        """A free slot claimed for `expert`, after evicting if need be; None when all slots are protected."""
+        cache, policy = self.caches[layer], self.policies[layer]
+        slot = cache.free_slot()
+        if slot is None:
+            candidates = cache.evictable(protected)
+            if not candidates:
+                return None
+            victim = policy.victim(candidates, self.token)
+            # While decoding, the needed expert always gets in (paper). A prompt touches nearly all experts, so
+            # there the better one stays (ours).
+            if not self.decode and policy.priority(victim, self.token) >= policy.priority(expert, self.token):
+                return None
+            slot = cache.expert_to_slot[victim]
+            cache.forget(slot)
+        cache.claim(slot, expert)
+        return slot
+
+    def drop_guess(self, buffer: StagingBuffer) -> None:
+        """A guess is not wanted: stop what has not travelled, and count what did as wasted."""
+        for ticket in buffer.tickets():
+            self.transfer.cancel(ticket)
+        self.count_prefetched(EventKind.WASTED, buffer)
+        self.staging.give_back(buffer, None)
+
+    def count_prefetched(self, kind: EventKind, buffer: StagingBuffer) -> None:
+        """Tells telemetry what became of a guess's bytes, as far as they travelled."""
+        nbytes = sum(ticket.taken_bytes for ticket in buffer.tickets())
+        now_s = time.perf_counter()
+        self.telemetry.event(kind, buffer.layer, buffer.expert, Part.WHOLE, now_s, now_s, nbytes, self.token)
+
+    def forget_guesses(self) -> None:
+        """Drops all guesses, at a change of plan or when a generation ends early."""
+        self._wishes.clear()
+        for buffer in list(self.staging.guesses.values()):
+            self.drop_guess(buffer)
+        self.predictor.forget_open()
+
+    def where(self) -> list[list[int]]:
+        """Per layer and expert: 0 nothing on the device, 1 the top, 2 the whole expert."""
+        rows = []
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            value = 2 if cache.top_rows == layer.neurons else 1
+            row = [0] * layer.num_experts
+            for expert in list(cache.expert_to_slot):
+                row[expert] = value
+            rows.append(row)
+        return rows
+
+    def check(self) -> None:
+        for cache in self.caches:
+            cache.check()
+        self.staging.check()
+        self.transfer.check()
+
+    def close(self) -> None:
+        self.forget_guesses()
+        self.transfer.close()
+        for cache in self.caches:
+            cache.close()
+        self.staging.resize(0, 0)
+
+    def _submit(self, buffer: StagingBuffer, start_row: int, stop_row: int, priority: Priority) -> Ticket:
+        geometry = self.layers[buffer.layer]
+        part = segment(geometry, start_row, stop_row)
+        kind = Part.TOP if start_row == 0 else Part.BOTTOM
+        if stop_row - start_row == geometry.neurons:
+            kind = Part.WHOLE
+        return self.transfer.submit(
+            self.store.source(buffer.layer, buffer.expert, part),
+            buffer.buffer[part.start : part.stop],
+            priority,
+            tag=(buffer.layer, buffer.expert, kind),
+            after=buffer.fence,
+        )
+
+
+class _Need:
+    """One needed expert while its layer runs."""
+
+    __slots__ = ("expert", "left", "slot", "staged", "top_ticket", "was_guess")
+
+    def __init__(self, expert: int) -> None:
+        self.expert = expert
+        self.slot: Slot | None = None
+        self.staged: StagingBuffer | None = None
+        self.top_ticket: Ticket | None = None  # of a demand that travels straight into the slot
+        self.was_guess = False
+        self.left = 0  # pieces not computed yet
+
+
+class _Part(NamedTuple):
+    need: _Need
+    start_row: int
+    ticket: Ticket | None
+
+
+class Step:
+    """One MoE layer of one pass: demands at once what is missing, then iterates over pieces in the order of readiness."""
+
+    def __init__(self, residency: Residency, layer: int, counts: Mapping[int, int]) -> None:
+        self.residency = residency
+        self.layer = layer
+        self.cache = residency.caches[layer]
+        self.open: dict[int, _Need] = {}
+        self._protected = counts if residency.decode else self.open
+        self._ready: deque[_Part] = deque()
+        self._arriving: list[_Part] = []
+        self._waiting: deque[_Need] = deque()  # for a staging buffer
+        self._counts = counts
+
+    def __enter__(self) -> Step:
+        try:
+            self._begin(self._counts)
+        except BaseException:
+            self._abandon_all()
+            raise
+        return self
+
+    def __iter__(self) -> Iterator[Piece]:
+        while self._ready or self._arriving:
+            need, start_row, _ = part = self._next()
+            yield Piece(need.expert, start_row, self._weights(part))
+            need.left -= 1
+            if need.left == 0 and need not in self._waiting:
+                self._finish(need)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """After an error or a stop: nothing stays half-arrived, and every buffer is free again."""
+        assert kind is not None or not self.open, sorted(self.open)
+        self._abandon_all()
+
+    def _begin(self, counts: Mapping[int, int]) -> None:
+        residency, layer = self.residency, self.layer
+        policy = residency.policies[layer]
+        for expert, count in counts.items():
+            policy.touch(expert, residency.token, count)
+        for guessed_layer, expert in list(residency.staging.guesses):
+            if guessed_layer == layer and expert not in counts:
+                residency.drop_guess(residency.staging.guesses[layer, expert])
+        if residency.decode:
+            residency.predictor.observe(layer, counts)
+        outcomes = [self._classify(expert) for expert in counts]
+        residency.telemetry.layer_step(layer, residency.token, list(counts), outcomes, list(counts.values()))
+        for need in list(self.open.values()):
+            self._demand(need)
+
+    def _classify(self, expert: int) -> Outcome:
+        """Registers the need, takes what is already on the device, and says how much that is."""
+        staging, cache = self.residency.staging, self.cache
+        need = self.open[expert] = _Need(expert)
+        whole = cache.geometry.neurons
+        need.slot = cache.find(expert)
+        if need.slot is not None:
+            cache.use(need.slot)
+        top_here, bottom_here = need.slot is not None or cache.top_rows == 0, cache.top_rows == whole
+        guess = staging.find_guess(self.layer, expert)
+        if guess is not None:
+            staging.guess_came_true(guess)
+            need.staged, need.was_guess = guess, True
+            top_here = top_here or (guess.top is not None and guess.top.done)
+            bottom_here = bottom_here or (guess.bottom is not None and guess.bottom.done)
+            for ticket in guess.tickets():
+                if not ticket.done:
+                    self.residency.transfer.promote(ticket)
+        if top_here and bottom_here:
+            return Outcome.HIT
+        return Outcome.PARTIAL if top_here and cache.top_rows > 0 else Outcome.MISS
+
+    def _demand(self, need: _Need) -> None:
+        """Starts what is missing, tops first, and queues the need's pieces."""
+        residency, rows, whole = self.residency, self.cache.top_rows, self.cache.geometry.neurons
+        staged = need.staged
+        top_missing = rows > 0 and need.slot is None and (staged is None or staged.top is None)
+        bottom_missing = rows < whole and (staged is None or staged.bottom is None)
+        if top_missing and residency.decode:
+            need.slot = residency.room_for_top(self.layer, need.expert, self._protected)
+            if need.slot is not None:
+                need.top_ticket = residency.load_top(self.layer, need.slot)
+                top_missing = False
+        if not top_missing and need.slot is not None:
+            self._queue(need, 0, need.top_ticket)
+        if top_missing or bottom_missing:
+            if staged is not None:  # a guess fetched less than is needed now; cannot happen, its layer did not run since
+                raise AssertionError((self.layer, need.expert, top_missing, bottom_missing))
+            self._stage(need, with_top=top_missing)
+        elif staged is not None:
+            self._queue_staged(need)
+
+    def _stage(self, need: _Need, with_top: bool) -> None:
+        """Demands into a staging buffer; a guess gives its buffer up, and without any the need waits for its own kind."""
+        staging = self.residency.staging
+        if not staging.free and staging.guesses:
+            self.residency.drop_guess(next(reversed(staging.guesses.values())))
+        need.staged = staging.take_demand(self.layer, need.expert)
+        if need.staged is None:
+            self._waiting.append(need)
+            return
+        self.residency.load(need.staged, Priority.DEMAND, with_top)
+        self._queue_staged(need)
+
+    def _queue_staged(self, need: _Need) -> None:
+        assert need.staged is not None
+        if need.staged.top is not None and need.slot is None:
+            self._queue(need, 0, need.staged.top)
+        if need.staged.bottom is not None:
+            self._queue(need, self.cache.top_rows, need.staged.bottom)
+
+    def _queue(self, need: _Need, start_row: int, ticket: Ticket | None) -> None:
+        need.left += 1
+        if ticket is None:
+            self._ready.append(_Part(need, start_row, None))
+        else:
+            self._arriving.append(_Part(need, start_row, ticket))
+
+    def _next(self) -> _Part:
+        """The next piece whose data is here; waits (and counts a stall) only when nothing is."""
+        if self._ready:
+            return self._ready.popleft()
+        arriving = self._arriving
+        position = next((i for i, part in enumerate(arriving) if part.ticket is not None and part.ticket.done), 0)
+        part = arriving.pop(position)
+        assert part.ticket is not None
+        start_s = time.perf_counter()
+        try:
+            stalled_s = part.ticket.wait(self.residency.cancelled)
+        except BaseException:
+            arriving.insert(position, part)
+            raise
+        if stalled_s > 0:
+            telemetry, token = self.residency.telemetry, self.residency.token
+            telemetry.event(EventKind.STALL, self.layer, -1, Part.WHOLE, start_s, start_s + stalled_s, 0, token)
+        slot = part.need.slot
+        if slot is not None and slot.state is SlotState.ARRIVING and part.ticket is part.need.top_ticket:
+            self.cache.arrived(slot)
+        return part
+
+    def _weights(self, part: _Part) -> Tensor:
+        need, geometry, rows = part.need, self.cache.geometry, self.cache.top_rows
+        if part.start_row == 0 and need.slot is not None and rows > 0:
+            return need.slot.weights
+        assert need.staged is not None
+        stop_row = rows if part.start_row == 0 and rows > 0 else geometry.neurons
+        return rows_of(need.staged.buffer, geometry, self.residency.dtype, part.start_row, stop_row)
+
+    def _finish(self, need: _Need) -> None:
+        """The expert is computed: its slot may be evicted again, its buffer serves the next."""
+        residency = self.residency
+        del self.open[need.expert]
+        fence = residency.transfer.fence()
+        if need.slot is not None:
+            self.cache.release(need.slot, fence)
+        if need.staged is not None:
+            if need.slot is None and need.staged.top is not None:
+                self._admit(need.staged)
+                fence = residency.transfer.fence()
+            if need.was_guess:
+                residency.count_prefetched(EventKind.USED, need.staged)
+            residency.staging.give_back(need.staged, fence)
+        if self._waiting and residency.staging.free:
+            waiting = self._waiting.popleft()
+            self._stage(waiting, with_top=waiting.slot is None and self.cache.top_rows > 0)
+        elif not self._waiting:
+            residency.place_wishes()
+
+    def _admit(self, staged: StagingBuffer) -> None:
+        """Copies a newcomer's top from staging into a slot, on the device, if the policy gives it one."""
+        slot = self.residency.room_for_top(self.layer, staged.expert, self._protected)
+        if slot is not None:
+            slot.buffer.copy_(staged.buffer[: slot.buffer.numel()])
+            self.cache.arrived(slot)
+            self.cache.release(slot, self.residency.transfer.fence())
+
+    def _abandon_all(self) -> None:
+        for need in list(self.open.values()):
+            self._abandon(need)
+
+    def _abandon(self, need: _Need) -> None:
+        residency = self.residency
+        del self.open[need.expert]
+        fence = residency.transfer.fence()
+        if need.slot is not None and need.slot.state is SlotState.ARRIVING:
+            assert need.top_ticket is not None
+            residency.transfer.cancel(need.top_ticket)
+            need.top_ticket.settle()
+            self.cache.forget(need.slot)
+        elif need.slot is not None:
+            self.cache.release(need.slot, fence)
+        if need.staged is not None:
+            for ticket in need.staged.tickets():
+                residency.transfer.cancel(ticket)
+            residency.staging.give_back(need.staged, fence)
+

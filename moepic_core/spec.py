@@ -1,0 +1,222 @@
+"""The four nouns that travel between the rooms: ModelSpec, MachineProfile, Settings, Plan.
+
+All are frozen. Checkpoint, calibration, planner, engine, command line and page exchange these and nothing else.
+An unknown setting raises and offers the nearest name; resolving `auto` makes a new object, never a mutation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from .errors import BadSettings, nearest
+
+DeviceKind = Literal["cuda", "cpu"]
+MissHandling = Literal["fetch"]
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """Geometry of one MoE layer. One neuron is a row of gate and up and the matching column of down."""
+
+    decoder_layer: int  # number of the decoder layer that it sits in, as in the checkpoint's tensor names
+    num_experts: int
+    neurons: int  # intermediate size of one expert
+    hidden: int
+    matrices: int  # 3 for gated experts (gate, up, down), 2 for ungated ones (up, down)
+    itemsize: int  # bytes per weight on the device
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one neuron in a record."""
+        return self.matrices * self.hidden * self.itemsize
+
+    @property
+    def expert_bytes(self) -> int:
+        """U of the paper: bytes of one whole expert."""
+        return self.neurons * self.row_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.num_experts * self.expert_bytes
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the checkpoint says, read from its config and safetensors headers alone."""
+
+    path: str  # folder that holds config.json and *.safetensors
+    name: str  # folder name or hub id, for people
+    model_type: str
+    architecture: str
+    dtype: str  # of the weights on the device: "float32", "bfloat16", "float16"
+    num_layers: int
+    moe_layers: tuple[MoeLayer, ...]  # in order of execution
+    top_k: int
+    hidden: int
+    vocab_size: int
+    context_length: int
+    resident_bytes: int  # everything but routed experts, in `dtype`
+    kv_bytes_per_token: int  # estimate from the config; the engine measures it after loading
+    num_parameters: int
+    active_parameters: int  # used by one token
+    file_bytes: int
+    shards: tuple[str, ...]  # file names
+    fingerprint: str  # changes when any file changes
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        return sum(layer.layer_bytes for layer in self.moe_layers)
+
+    @cached_property
+    def largest_layer_bytes(self) -> int:
+        return max(layer.layer_bytes for layer in self.moe_layers)
+
+    @cached_property
+    def record_bytes_max(self) -> int:
+        """Bytes of the largest single expert."""
+        return max(layer.expert_bytes for layer in self.moe_layers)
+
+
+@dataclass(frozen=True)
+class MachineProfile:
+    """What was measured on this machine. `None` means unknown, never zero."""
+
+    device: DeviceKind
+    device_name: str
+    device_total_bytes: int  # VRAM, or RAM on a CPU-only machine
+    device_free_bytes: int
+    host_total_bytes: int
+    host_free_bytes: int
+    cpu_cores: int
+    link_bytes_per_s: float | None = None  # alone
+    link_contended_bytes_per_s: float | None = None  # while the device computes
+    host_memory_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A preset of the one engine. The baselines of the field are rows of `STRATEGIES`, not code paths."""
+
+    name: str
+    split: float | None  # fixed split ratio; None lets the plan choose
+    eviction: Literal["lcp", "lru", "lfu"]
+    allocation: Literal["none", "uniform"]
+    predictor: Literal["none", "next-router"]
+    misses: MissHandling
+    summary: str
+
+
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy("moepic", None, "lcp", "uniform", "next-router", "fetch",
+                 "split experts, hot tops cached by LCP, next layer prefetched (this project)"),
+        Strategy("mixtral-offloading", 1.0, "lru", "uniform", "next-router", "fetch",
+                 "whole experts cached by LRU, next layer prefetched"),
+        Strategy("pregated", 0.0, "lru", "none", "next-router", "fetch",
+                 "no cache, next layer prefetched"),
+        Strategy("on-demand", 0.0, "lru", "none", "none", "fetch",
+                 "no cache, no prefetch: every expert is fetched when it is needed"),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user wants. `auto` and None mean: decide from model and machine."""
+
+    checkpoint: str
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    link: str = "auto"  # auto | disk | emulated:16GB/s | pcie3x16 | pcie4x16 | pcie5x16 …; cuda uses its own bus
+    vram: str | int = "auto"  # bytes, "2GB", "2GiB", or "50%" of what the whole model would need on the device
+    strategy: str = "moepic"
+    split: float | None = None  # overrides the strategy's split ratio
+    eviction: Literal["auto", "lcp", "lru", "lfu"] = "auto"
+    prefetch: Literal["auto", "on", "off"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    context_length: int | None = None  # tokens that KV memory is reserved for; None: up to 4096
+    prefill_chunk: int = 512  # tokens per forward pass while the prompt is read
+    revision: str | None = None
+    packed_dir: str | None = None  # where the disk link keeps packed experts; None: a folder of the user's cache
+
+    @classmethod
+    def create(cls, **values: Any) -> Settings:
+        """Settings from loose names (command line, page). Unknown names raise BadSettings with the nearest one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise BadSettings(f"unknown setting '{name}'{nearest(name, names)} Allowed: {', '.join(names)}")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> Settings:
+        """A copy with `changes`, checked as in `create`."""
+        return Settings.create(**{**dataclasses.asdict(self), **changes})
+
+    def __post_init__(self) -> None:
+        _choice("strategy", self.strategy, STRATEGIES)
+        _choice("device", self.device, ("auto", "cuda", "cpu"))
+        _choice("eviction", self.eviction, ("auto", "lcp", "lru", "lfu"))
+        _choice("prefetch", self.prefetch, ("auto", "on", "off"))
+        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        if self.split is not None and not 0 <= self.split <= 1:
+            raise BadSettings(f"split ratio {self.split} is out of range; allowed is 0 (nothing cached) to 1 (whole)")
+        if self.prefill_chunk < 1:
+            raise BadSettings(f"prefill_chunk {self.prefill_chunk} is too small; allowed is 1 token or more")
+        if self.context_length is not None and self.context_length < 1:
+            raise BadSettings(f"context_length {self.context_length} is too small; allowed is 1 token or more")
+
+
+def _choice(name: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise BadSettings(f"{name} '{value}' is unknown{nearest(value, allowed)} Allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's share: `slots` tops of `top_rows` neurons stay on the device."""
+
+    slots: int
+    top_rows: int
+    split_ratio: float  # top_rows / neurons
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Device bytes by kind. Their sum never exceeds `budget`."""
+
+    resident: int
+    kv: int
+    workspace: int
+    staging: int
+    cache: int
+    budget: int
+
+    @property
+    def used(self) -> int:
+        return self.resident + self.kv + self.workspace + self.staging + self.cache
+
+    @property
+    def smallest(self) -> int:
+        """Budget with no cached expert at all: below this nothing runs."""
+        return self.used - self.cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided. The only way into the engine."""
+
+    layers: tuple[LayerPlan, ...]
+    staging_records: int  # buffers of one whole expert each
+    eviction: Literal["lcp", "lru", "lfu"]
+    predictor: Literal["none", "next-router"]
+    prefetch_depth: int  # experts guessed per layer, at most
+    misses: MissHandling
+    memory: MemoryPlan
+    strategy: str
+    reason: str  # why it looks like this, for people
+    rounds: int = 0
+    predicted_tpot_s: float | None = None

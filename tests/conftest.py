@@ -1,0 +1,46 @@
+"""What all tests share: no network, no home directory, tiny checkpoints on demand, GPU tests skipped without a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+# Read by huggingface_hub when it is first imported; tests that need a cache or a hub make their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = os.devnull + "/hf"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoints("mixtral", torch.bfloat16)`: the folder of a tiny checkpoint, made once per session. Read only."""
+    import tiny_checkpoints
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    folders: dict[tuple[str, torch.dtype], Path] = {}
+
+    def checkpoint(family: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (family, dtype) not in folders:
+            folder = tmp_path_factory.mktemp(family)
+            folders[family, dtype] = tiny_checkpoints.make(family, folder, dtype)
+        return folders[family, dtype]
+
+    return checkpoint
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in items:
+                if item.get_closest_marker("gpu"):
+                    item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,115 @@
+"""Just enough of torch.cuda for `CudaTransfer` to run on a CPU: streams are threads, events are marks in their queues.
+
+`install` patches torch for one test. One lock stands for the device's copy engine, which moves one copy at a time at
+`bytes_per_s`. It checks the logic (order, waiting, books, threads); only a GPU checks the speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+
+import pytest
+import torch
+
+
+class FakeStream:
+    def __init__(self, device: object = None, priority: int = 0) -> None:
+        self.work: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self.thread = threading.Thread(target=self._run, name="fake-cuda-stream", daemon=True)
+        self.thread.start()
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.work.put(event.fired.wait)
+
+    def synchronize(self) -> None:
+        event = FakeEvent()
+        event.record(self)
+        event.synchronize()
+
+    def _run(self) -> None:
+        while (action := self.work.get()) is not None:
+            action()
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
+        self.fired = threading.Event()
+        self.fired_s = 0.0
+
+    def record(self, stream: FakeStream) -> None:
+        stream.work.put(self._fire)
+
+    def query(self) -> bool:
+        return self.fired.is_set()
+
+    def synchronize(self) -> None:
+        self.fired.wait()
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.fired.is_set()
+        assert end.fired.is_set()
+        return (end.fired_s - self.fired_s) * 1e3
+
+    def _fire(self) -> None:
+        self.fired_s = time.perf_counter()
+        self.fired.set()
+
+
+class FakeCuda:
+    def __init__(self, bytes_per_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
+        self.pinned = True
+        self.copies_to_fail = 0.0
+        self.streams: list[FakeStream] = []
+        self.compute = self.stream()
+        self._current = threading.local()
+        self._engine = threading.Lock()
+        self._real_copy = torch.Tensor.copy_
+
+    def stream(self, device: object = None, priority: int = 0) -> FakeStream:
+        self.streams.append(FakeStream(device, priority))
+        return self.streams[-1]
+
+    def current_stream(self, device: object = None) -> FakeStream:
+        return getattr(self._current, "stream", self.compute)
+
+    @contextlib.contextmanager
+    def use_stream(self, stream: FakeStream) -> Iterator[None]:
+        self._current.stream = stream
+        yield
+        del self._current.stream
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if not non_blocking:
+            return self._real_copy(destination, source)
+        if self.copies_to_fail > 0:
+            self.copies_to_fail -= 1
+            raise RuntimeError("CUDA error: as the test wished")
+        self.current_stream().work.put(lambda: self._move(destination, source))
+        return destination
+
+    def _move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        with self._engine:
+            time.sleep(source.numel() / self.bytes_per_s)
+            self._real_copy(destination, source)
+
+    def stop(self) -> None:
+        for stream in self.streams:
+            stream.work.put(None)
+            stream.thread.join()
+
+
+def install(patch: pytest.MonkeyPatch, bytes_per_s: float = 1e12) -> FakeCuda:
+    """Patch torch; the caller stops what this returns."""
+    fake = FakeCuda(bytes_per_s)
+    patch.setattr(torch.cuda, "Stream", fake.stream)
+    patch.setattr(torch.cuda, "Event", FakeEvent)
+    patch.setattr(torch.cuda, "current_stream", fake.current_stream)
+    patch.setattr(torch.cuda, "stream", fake.use_stream)
+    patch.setattr(torch.Tensor, "copy_", lambda self, source, non_blocking=False: fake.copy(self, source, non_blocking))
+    patch.setattr(torch.Tensor, "is_pinned", lambda self: fake.pinned)
+    return fake
