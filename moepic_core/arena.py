@@ -1,8 +1,8 @@
 """All device bytes, counted against one hard budget.
 
-Everything that the engine puts on the device is allocated or reserved here by kind, so "accounted bytes never exceed the
-budget" is checked at each allocation and nowhere else. Buffers are separate allocations, one per slot: shrinking a cache is
-dropping buffers, growing is allocating more, and nothing that stays is moved. Does not know what a buffer holds.
+Everything that the engine puts on the device is allocated or reserved here by kind, so "accounted bytes never exceed
+the budget" is checked at each allocation and nowhere else. Buffers are separate allocations, one per slot: shrinking a
+cache is dropping buffers, growing is allocating more, and nothing that stays is moved. Does not know what a buffer holds.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .errors import OutOfRoom
-from .packing import align, aligned_bytes
-from .units import format_bytes
+from .packing import aligned_bytes
+from .units import align, format_bytes
 
 KINDS = ("resident", "kv", "workspace", "staging", "cache")
 
@@ -30,10 +30,11 @@ class Arena:
 
     def reserve(self, kind: str, nbytes: int) -> None:
         """Counts `nbytes` that somebody else allocates (weights, KV). Raises OutOfRoom past the budget."""
-        if self.used_bytes + nbytes > self.budget_bytes:
+        left = self.budget_bytes - self.used_bytes
+        if nbytes > left:
             raise OutOfRoom(
-                f"the device budget of {format_bytes(self.budget_bytes)} has {format_bytes(self.budget_bytes - self.used_bytes)} "
-                f"left, {format_bytes(nbytes)} more is needed for {kind}; raise the budget or shorten the context"
+                f"the device budget of {format_bytes(self.budget_bytes)} has {format_bytes(left)} left, "
+                f"{format_bytes(nbytes)} more is needed for {kind}; raise the budget or shorten the context"
             )
         self.bytes_by_kind[kind] += nbytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
@@ -43,7 +44,7 @@ class Arena:
         self.bytes_by_kind[kind] -= nbytes
 
     def allocate(self, kind: str, nbytes: int) -> Tensor:
-        """A byte buffer `[align(nbytes)]` at an aligned address. Raises OutOfRoom when budget or machine has none left."""
+        """A byte buffer `[align(nbytes)]` at an aligned address. Raises OutOfRoom when budget or machine is full."""
         nbytes = align(nbytes)
         self.reserve(kind, nbytes)
         try:
@@ -73,5 +74,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _allocate(nbytes: int, device: torch.device) -> Tensor:
     if device.type == "cuda":
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)  # CUDA needs no alignment beyond the allocator's own
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)  # the allocator's own alignment is enough
     return aligned_bytes(nbytes)

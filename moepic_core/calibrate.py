@@ -26,9 +26,7 @@ def probe(device: str = "auto") -> MachineProfile:
         free = min(memory.available, _cgroup_free() or memory.available)
         return MachineProfile("cpu", "CPU", memory.total, free, memory.total, free, cores)
     free, total = torch.cuda.mem_get_info()
-    return MachineProfile(
-        "cuda", torch.cuda.get_device_name(), total, free, memory.total, memory.available, cores
-    )
+    return MachineProfile("cuda", torch.cuda.get_device_name(), total, free, memory.total, memory.available, cores)
 
 
 def _cgroup_free() -> int | None:

@@ -60,12 +60,15 @@ def read_spec(path: str | Path, dtype: str = "auto") -> ModelSpec:
     moe_layers = [(number, layer) for number, layer in layers.items() if layer.experts]
     if not moe_layers:
         raise _no_experts(folder, config)
+    if len(layers) < config.num_layers:
+        absent = next(number for number in range(config.num_layers) if number not in layers)
+        raise BadCheckpoint(f"{config.path} says {config.num_layers} layers, but no tensor of layer {absent} exists")
     experts = [info for _, layer in moe_layers for info in layer.experts]
     others = [*outside, *(info for layer in layers.values() for info in layer.others.values())]
     dtype = _device_dtype(folder, config, experts, dtype)
     itemsize = _DEVICE_ITEMSIZES[dtype]
     geometry = tuple(_moe_layer(number, layer, config, itemsize) for number, layer in moe_layers)
-    if config.top_k > min(layer.num_experts for layer in geometry):
+    if config.top_k > config.num_experts:
         raise BadCheckpoint(f"{config.path} wants {config.top_k} experts per token, a layer has {config.num_experts}")
     num_parameters = _num_weights(experts) + _num_weights(others)
     idle = sum((layer.num_experts - config.top_k) * layer.expert_bytes for layer in geometry) // itemsize
@@ -97,28 +100,22 @@ def _decoder_layers(tensors: dict[str, TensorInfo], config: ModelConfig) -> tupl
     stacks: dict[str, dict[int, _Layer]] = defaultdict(dict)
     outside = []
     for name, info in tensors.items():
-        match = _LAYER.fullmatch(name)
         if _SPECULATIVE.match(name):
             continue
-        if match is None:
+        if match := _LAYER.fullmatch(name):
+            stack, number = stacks[match[1]], int(match[2])
+            if number not in stack:
+                stack[number] = _Layer(f"{match[1]}.{number}")
+            _sort_into(stack[number], match[3], info, config)
+        else:
             outside.append(info)
-            continue
-        stack, number = stacks[match[1]], int(match[2])
-        if number not in stack:
-            stack[number] = _Layer(f"{match[1]}.{number}")
-        _sort_into(stack[number], match[3], info, config)
     # A vision tower is a stack of layers too: the decoder is the stack with the most MoE layers.
     decoder = max(stacks, key=lambda stack: sum(bool(layer.experts) for layer in stacks[stack].values()), default="")
     layers = stacks.pop(decoder, {})
     for layer in (layer for stack in stacks.values() for layer in stack.values()):
         outside += [*layer.experts, *layer.others.values()]
-    for number in range(config.num_layers):
-        if number not in layers:
-            raise BadCheckpoint(
-                f"{config.path} says {config.num_layers} layers, but no tensor of {decoder}.{number} exists"
-            )
     # What lies beyond the last layer guesses several tokens at once, too.
-    return {number: layers[number] for number in range(config.num_layers)}, outside
+    return {number: layer for number, layer in sorted(layers.items()) if number < config.num_layers}, outside
 
 
 def _sort_into(layer: _Layer, rest: str, info: TensorInfo, config: ModelConfig) -> None:

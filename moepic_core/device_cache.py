@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .arena import Arena
-from .packing import Segment, rows_of, segment
+from .geometry import Segment, segment
+from .packing import rows_of
 from .spec import MoeLayer
 from .transfer.base import Fence
 

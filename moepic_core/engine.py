@@ -27,7 +27,7 @@ from .finder import resolve
 from .hf.experts import ExpertLayer, install, router_of
 from .hf.loading import load_model
 from .hf.model import HfModel
-from .hf.probe import kv_needed, without_experts
+from .hf.probe import probe_model, without_experts
 from .hf.text import Message, Sampler, Sampling, Text
 from .host_store import DiskStore, HostStore, RamStore, default_packed_folder
 from .lazy_tensors import LazyTensors
@@ -135,8 +135,12 @@ class Engine:
         ]
         context = context_length(settings, spec)
         with without_experts(model, modules.values()):
-            kv = kv_needed(hf, context)
-        needs = Needs(spec.moe_layers, spec.top_k, hf.resident_bytes(), kv, workspace_bytes(settings, spec, context, machine.device))
+            found = probe_model(hf, context)
+        hf.continues = found.continues
+        if not found.continues:
+            settings = settings.replace(prefill_chunk=context)
+        workspace = workspace_bytes(settings, spec, context, machine.device)
+        needs = Needs(spec.moe_layers, spec.top_k, hf.resident_bytes(), found.kv_bytes, workspace)
         budget = budget_bytes(settings.vram, needs, int(machine.device_free_bytes * HEADROOM))
         plan = uniform_plan(settings, needs, budget)
         arena = Arena(device, budget)
@@ -150,6 +154,11 @@ class Engine:
         notices = [store.notice] if store.notice else []
         if plan.predictor != "none" and any(layer.router is None for layer in layers):
             notices.append(f"{spec.architecture}: no router was found beside some experts, so those are not prefetched")
+        if not found.continues:
+            notices.append(
+                f"{spec.architecture} cannot continue a prompt in Transformers: prompts run in one pass, and every turn "
+                f"reads the whole conversation again"
+            )
         engine = cls(settings, spec, machine, link, hf, text, residency, needs, notices)
         engine._stop = stop
         try:
@@ -396,6 +405,13 @@ def context_length(settings: Settings, spec: ModelSpec) -> int:
     return settings.context_length
 
 
+def needs_of(settings: Settings, spec: ModelSpec, machine: MachineProfile) -> Needs:
+    """Device bytes by kind from headers alone; KV is an estimate, the rest is what loading will find."""
+    context = context_length(settings, spec)
+    workspace = workspace_bytes(settings, spec, context, machine.device)
+    return Needs(spec.moe_layers, spec.top_k, spec.resident_bytes, spec.kv_bytes_per_token * context, workspace)
+
+
 def workspace_bytes(settings: Settings, spec: ModelSpec, context: int, device: DeviceKind) -> int:
     """Device bytes of activations at their largest, for one prefill chunk (an upper estimate, ours).
 
@@ -411,9 +427,7 @@ def workspace_bytes(settings: Settings, spec: ModelSpec, context: int, device: D
 
 def _enough_memory(settings: Settings, spec: ModelSpec, machine: MachineProfile, link: Link) -> None:
     """Refuses early, from headers alone, what cannot work: a budget below the smallest, host memory for the store."""
-    context = context_length(settings, spec)
-    kv = spec.kv_bytes_per_token * context
-    needs = Needs(spec.moe_layers, spec.top_k, spec.resident_bytes, kv, workspace_bytes(settings, spec, context, machine.device))
+    needs = needs_of(settings, spec, machine)
     budget_bytes(settings.vram, needs, int(machine.device_free_bytes * HEADROOM))
     if link.kind != "disk" and spec.expert_bytes > machine.host_free_bytes:
         raise OutOfRoom(

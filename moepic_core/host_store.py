@@ -1,28 +1,32 @@
 """The host tier: a complete, immutable copy of all expert records, in RAM or in a packed file.
 
-Filled once while the model loads, one layer at a time, then only read. Because it never changes and misses nothing, evicting
-from the device is forgetting. `source()` describes a segment for a transfer; nothing here copies toward the device.
+Filled once while the model loads, one layer at a time, then only read. Because it never changes and misses nothing,
+evicting from the device is forgetting. `source()` describes a segment for a transfer; nothing here copies toward the
+device.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .errors import BadCheckpoint, OutOfRoom
-from .packing import FusedLayout, Segment, align, aligned_bytes, pack_expert, record_stride, rows_of
+from .errors import BadCheckpoint, MoepicError, OutOfRoom
+from .geometry import Segment, record_stride
+from .packing import FusedLayout, aligned_bytes, pack_expert, rows_of
 from .spec import ModelSpec, MoeLayer
 from .transfer.base import FileSource, MemorySource, Source
 from .transfer.pinning import Pinned, pin
-from .units import format_bytes
+from .units import align, format_bytes
 
 _MAGIC = "moepic-packed-1"
 
@@ -93,61 +97,63 @@ class RamStore:
         self._want_pinned = False
         held = sum(pin.nbytes for pin in self._pins)
         self.notice = (
-            f"only {format_bytes(held)} of expert memory could be page-locked ({pinned.error}); the rest is pageable and "
-            f"travels slower; raise the locked-memory limit (ulimit -l) or free host memory"
+            f"only {format_bytes(held)} of expert memory could be page-locked ({pinned.error}); the rest is pageable "
+            f"and travels slower; raise the locked-memory limit (ulimit -l) or free host memory"
         )
 
 
 class DiskStore:
     """Records in one packed file, read with direct I/O where the file system allows it.
 
-    The file is written beside its final name and renamed when complete, so a killed start leaves nothing that looks usable.
-    A complete file of the same checkpoint, dtype and geometry is used again.
+    The file is written beside its final name and renamed when complete, so a killed start leaves nothing that looks
+    usable. A complete file of the same checkpoint, dtype and geometry is used again. Raises OutOfRoom when the folder
+    cannot hold the file; nothing of it is left behind then.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, folder: Path) -> None:
         self.layers = spec.moe_layers
         self.dtype = dtype
         self.notice: str | None = None
-        self.path = folder / f"{Path(spec.path).name}-{spec.fingerprint[:16]}-{str(dtype).removeprefix('torch.')}.moepic"
+        kind = str(dtype).removeprefix("torch.")
+        self.path = folder / f"{Path(spec.path).name}-{spec.fingerprint[:16]}-{kind}.moepic"
         self._partial = self.path.with_suffix(".partial")
-        self._header = {
-            "magic": _MAGIC,
-            "fingerprint": spec.fingerprint,
-            "dtype": str(dtype),
-            "layers": [[geo.num_experts, geo.neurons, geo.matrices, geo.hidden] for geo in self.layers],
-        }
-        sizes = [geo.num_experts * record_stride(geo) for geo in self.layers]
-        start = align(len(self._header_bytes()) + 8)
+        self._header = _header(spec, dtype)
+        sizes = [geometry.num_experts * record_stride(geometry) for geometry in self.layers]
+        start = align(len(self._header))
         self._starts = [start + sum(sizes[:position]) for position in range(len(sizes))]
         self.file_bytes = start + sum(sizes)
+        self._missing = set(range(len(self.layers)))
         self._fd: int | None = None
         self._direct = False
         self._writer: int | None = None
-        self.complete = self._reuse()
-        if not self.complete:
-            self._create()
+        with self._refusals():
+            self.complete = self._reuse()
+            if not self.complete:
+                self._create()
 
     def add_layer(self, layer: int, fused: Mapping[str, Tensor], layout: FusedLayout) -> None:
-        assert self._writer is not None
         geometry = self.layers[layer]
         buffer = aligned_bytes(record_stride(geometry))
         buffer[geometry.expert_bytes :].zero_()
         record = rows_of(buffer, geometry, self.dtype, 0, geometry.neurons)
-        for expert in range(geometry.num_experts):
-            pack_expert(record, fused[layout.input_name][expert], fused["down_proj"][expert], layout)
-            self._write(buffer, self._starts[layer] + expert * buffer.numel())
+        with self._refusals():
+            for expert in range(geometry.num_experts):
+                pack_expert(record, fused[layout.input_name][expert], fused["down_proj"][expert], layout)
+                self._write(buffer.numpy().data, self._starts[layer] + expert * buffer.numel())
+        self._missing.remove(layer)
 
     def seal(self) -> None:
         if self.complete:
             return
         assert self._writer is not None
-        os.fsync(self._writer)
-        os.posix_fadvise(self._writer, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(self._writer)
-        self._writer = None
-        os.replace(self._partial, self.path)
-        self._open()
+        assert not self._missing, f"layers {sorted(self._missing)} were never packed"
+        with self._refusals():
+            os.fsync(self._writer)
+            os.posix_fadvise(self._writer, 0, 0, os.POSIX_FADV_DONTNEED)  # reads bypass the page cache from here on
+            os.replace(self._partial, self.path)
+            os.close(self._writer)
+            self._writer = None
+            self._open()
         self.complete = True
 
     def source(self, layer: int, expert: int, segment: Segment) -> Source:
@@ -156,24 +162,32 @@ class DiskStore:
         return FileSource(self._fd, offset, segment.nbytes, str(self.path), self._direct)
 
     def close(self) -> None:
+        if self._writer is not None:
+            self._partial.unlink(missing_ok=True)
         for fd in (self._fd, self._writer):
             if fd is not None:
                 os.close(fd)
-        if self._writer is not None:
-            self._partial.unlink(missing_ok=True)
         self._fd = self._writer = None
 
-    def _header_bytes(self) -> bytes:
-        return json.dumps(self._header, sort_keys=True).encode()
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """What the file system refuses becomes one sentence, and the unfinished file is removed."""
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            raise OutOfRoom(
+                f"cannot pack {format_bytes(self.file_bytes)} of experts into {self.path.parent}: {error.strerror}; "
+                f"free some space or choose another folder with packed_dir"
+            ) from error
 
     def _reuse(self) -> bool:
         """Opens the finished file of an earlier start if it is whole and ours; a damaged one is packed again."""
         if not self.path.is_file():
             return False
-        header = self._header_bytes()
         with self.path.open("rb") as file:
-            found = file.read(8 + len(header))
-        if found[8:] != header or self.path.stat().st_size != self.file_bytes:
+            found = file.read(len(self._header))
+        if found != self._header or self.path.stat().st_size != self.file_bytes:
             self.notice = f"the packed file {self.path} was damaged or of another checkpoint, so it is packed again"
             self.path.unlink()
             return False
@@ -181,39 +195,27 @@ class DiskStore:
         return True
 
     def _create(self) -> None:
+        """Starts the file anew, over what a killed start may have left."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        writer = os.open(self._partial, os.O_CREAT | os.O_WRONLY, 0o600)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.path.parent).free
-            if free < self.file_bytes:
-                raise self._disk_full(free)
-            self._writer = os.open(self._partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-            header = self._header_bytes()
-            self._write_bytes(len(header).to_bytes(8, "little") + header, 0)
-            os.ftruncate(self._writer, self.file_bytes)
-        except OSError as error:
-            raise OutOfRoom(
-                f"cannot write packed experts to {self.path.parent}: {error.strerror}; choose another folder with packed_dir"
-            ) from error
+            fcntl.flock(writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(writer)
+            raise MoepicError(f"{self._partial} is being written by another MoEpic; wait until that is done") from None
+        self._writer = writer
+        os.ftruncate(writer, 0)
+        if shutil.disk_usage(self.path.parent).free < self.file_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._write(self._header, 0)
+        os.ftruncate(writer, self.file_bytes)
 
-    def _write(self, buffer: Tensor, offset: int) -> None:
-        try:
-            self._write_bytes(memoryview(buffer.numpy()), offset)
-        except OSError as error:
-            self.close()
-            raise self._disk_full(shutil.disk_usage(self.path.parent).free) from error
-
-    def _write_bytes(self, data: bytes | memoryview, offset: int) -> None:
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
         assert self._writer is not None
         view = memoryview(data)
         while view:
             written = os.pwrite(self._writer, view, offset)
             view, offset = view[written:], offset + written
-
-    def _disk_full(self, free: int) -> OutOfRoom:
-        return OutOfRoom(
-            f"packing the experts needs {format_bytes(self.file_bytes)} in {self.path.parent}, {format_bytes(free)} is free; "
-            f"free some space or choose another folder with packed_dir"
-        )
 
     def _open(self) -> None:
         try:
@@ -223,6 +225,17 @@ class DiskStore:
             self.notice = f"{self.path.parent} has no direct I/O, so reads go through the page cache"
         with contextlib.suppress(OSError):  # only advice: our reads are large and random
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def _header(spec: ModelSpec, dtype: torch.dtype) -> bytes:
+    """The first bytes of a packed file: a length, and all that decides whether the file can be used."""
+    text = json.dumps({
+        "magic": _MAGIC,
+        "fingerprint": spec.fingerprint,
+        "dtype": str(dtype),
+        "layers": [[layer.num_experts, layer.neurons, layer.matrices, layer.hidden] for layer in spec.moe_layers],
+    }, sort_keys=True).encode()  # fmt: skip
+    return len(text).to_bytes(8, "little") + text
 
 
 def default_packed_folder() -> Path:
@@ -237,4 +250,3 @@ def check_layout(layer: MoeLayer, fused: Mapping[str, Tensor], layout: FusedLayo
         found = tuple(fused[key].shape) if key in fused else None
         if found != shape:
             raise BadCheckpoint(f"{name}.{key} should be {list(shape)} but is {found}; the checkpoint is damaged")
-

@@ -158,9 +158,10 @@ class Metric(NamedTuple):
     formula: str = ""
 
 
-# The formulas see the trace's rows of the reply, phase and layer in question: of the routing `outcomes` and `counts`, of
-# the events `kind`, `nbytes`, `seconds` (end_s − start_s) and `credit` (how much of a transfer no transfer recorded
-# before it covers). They also see the names of kinds and outcomes, num_layers, num_experts and the figures above.
+# The formulas see the trace's rows of the reply, phase and layer in question: `routing`, its `outcomes` and `counts`;
+# of the events `kind`, `nbytes`, `end_s`, `seconds` (end_s − start_s) and `credit` (the part of a transfer that no
+# transfer recorded before it covers). They also see the names of kinds and outcomes, num_layers, num_experts and the
+# figures above them. A formula that divides by zero or finds no row means None.
 METRICS: tuple[Metric, ...] = (
     Metric("uses", "count", "Expert uses, one per (token, layer, expert).", "np.sum(counts)"),
     Metric("hits", "count", "Uses of an expert that was wholly resident.", "np.sum(counts[outcomes == HIT])"),
@@ -198,7 +199,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("ttft_s", "s", "Time to first token: from the start of the reply until its first token is out.",
            "seconds[kind == TOKEN][0]"),
     Metric("decode_s", "s", "From the first token until the last one so far.",
-           "np.sum(seconds[kind == TOKEN][1:])"),
+           "np.ptp(end_s[kind == TOKEN])"),
     Metric("tpot_s", "s", "Time per output token: mean over the tokens after the first.",
            "decode_s / (new_tokens - 1)"),
     Metric("tokens_per_s", "tokens/s", "Decode speed, 1 / TPOT.", "(new_tokens - 1) / decode_s"),

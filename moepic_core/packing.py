@@ -1,9 +1,10 @@
 """Fused expert weights ↔ expert records, and segments of records as views.
 
-A record is one expert packed neuron by neuron, `[neurons, matrices, hidden]`: row *i* holds neuron *i*'s gate row, up row
-and down column side by side. So any prefix of neurons (the top segment) and the rest (the bottom) are each ONE byte range,
-for every split ratio, and `y = y_top + y_bottom` exactly: the activation acts neuron by neuron (our reading of the
-"vertical" split of arXiv 2509.08342). Called while loading (pack) and by the residency (views); allocates nothing large.
+A record is one expert packed neuron by neuron, `[neurons, matrices, hidden]`: row *i* holds neuron *i*'s gate row, up
+row and down column side by side. So any prefix of neurons (the top segment) and the rest (the bottom) are each ONE byte
+range, for every split ratio, and `y = y_top + y_bottom` exactly: the activation acts neuron by neuron (our reading of
+the "vertical" split of arXiv 2509.08342). The host store packs, device cache and residency view; `geometry` has the
+numbers.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 
 from .spec import MoeLayer
-
-ALIGNMENT = 4096  # bytes; direct disk reads need file offset, length and address in these units
+from .units import ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -62,52 +62,11 @@ def pack_expert(record: Tensor, first: Tensor, down: Tensor, layout: FusedLayout
         record[:, 1].copy_(down)
 
 
-def align(nbytes: int) -> int:
-    """`nbytes` rounded up to the alignment unit."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 def aligned_bytes(nbytes: int) -> Tensor:
     """An uninitialised host byte buffer `[nbytes]` whose address is a multiple of the alignment unit."""
-    raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
-    skip = -raw.data_ptr() % ALIGNMENT
+    raw = torch.empty(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8)
+    skip = -raw.data_ptr() % ALIGNMENT_BYTES
     return raw[skip : skip + nbytes]
-
-
-def record_stride(layer: MoeLayer) -> int:
-    """Bytes from one record to the next, in the host store and in staging buffers."""
-    return align(layer.expert_bytes)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A range of neurons of a record, and the aligned byte range that carries it.
-
-    The byte range is widened to alignment units on both sides. That is harmless: a buffer has the record's own offsets,
-    so the extra bytes are the record's own and land where they belong.
-    """
-
-    start_row: int
-    stop_row: int
-    start: int  # byte offset in the record and in the buffer
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-
-def segment(layer: MoeLayer, start_row: int, stop_row: int) -> Segment:
-    assert 0 <= start_row < stop_row <= layer.neurons, (start_row, stop_row, layer.neurons)
-    start = start_row * layer.row_bytes // ALIGNMENT * ALIGNMENT
-    return Segment(start_row, stop_row, start, align(stop_row * layer.row_bytes))
-
-
-def top_rows(layer: MoeLayer, split_ratio: float) -> int:
-    """Neurons in the top segment. A ratio strictly between 0 and 1 leaves at least one neuron on each side."""
-    if split_ratio <= 0 or split_ratio >= 1:
-        return layer.neurons if split_ratio >= 1 else 0
-    return min(max(1, round(split_ratio * layer.neurons)), layer.neurons - 1)
 
 
 def rows_of(buffer: Tensor, layer: MoeLayer, dtype: torch.dtype, start_row: int, stop_row: int) -> Tensor:

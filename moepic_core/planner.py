@@ -1,17 +1,18 @@
 """From what the user wants and what the model needs to a `Plan`. Pure: no torch, no clock, no file.
 
 `uniform_plan` gives every layer the same split ratio and the same share of the cache. It is the paper's system without its
-configurator (arXiv 2509.08342); a planner that sets each layer's share by itself produces the same `Plan`, which is the only
-way into the engine.
+configurator (arXiv 2509.08342); a planner that sets each layer's share by itself produces the same `Plan`, which is the
+only way into the engine.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import BadSettings, OutOfRoom
-from .packing import record_stride, segment, top_rows
+from .geometry import record_stride, top_bytes, top_rows
 from .spec import STRATEGIES, LayerPlan, MemoryPlan, MoeLayer, Plan, Settings
 from .units import format_bytes, parse_bytes
 
@@ -46,9 +47,7 @@ class Needs:
     @property
     def everything(self) -> int:
         """The budget with which all experts are resident: 100 %."""
-        return self.fixed + self.staging_records * self.record + sum(
-            layer.num_experts * record_stride(layer) for layer in self.layers
-        )
+        return self.fixed + self.staging_records * self.record + _all_tops(self.layers, 1.0)
 
     @property
     def staging_records(self) -> int:
@@ -70,9 +69,9 @@ def budget_bytes(vram: str | int, needs: Needs, free_bytes: int) -> int:
     if budget < needs.smallest:
         raise OutOfRoom(
             f"a budget of {format_bytes(budget)} is too small for this model: the smallest is "
-            f"{format_bytes(needs.smallest)} ({needs.smallest} bytes: weights outside the experts {format_bytes(needs.resident)}, "
-            f"KV {format_bytes(needs.kv)}, workspace {format_bytes(needs.workspace)}, staging "
-            f"{format_bytes(SMALLEST_STAGING * needs.record)}); raise the budget or shorten the context"
+            f"{format_bytes(needs.smallest)} ({needs.smallest} bytes: weights outside the experts "
+            f"{format_bytes(needs.resident)}, KV {format_bytes(needs.kv)}, workspace {format_bytes(needs.workspace)}, "
+            f"staging {format_bytes(SMALLEST_STAGING * needs.record)}); raise the budget or shorten the context"
         )
     return budget
 
@@ -85,49 +84,53 @@ def uniform_plan(settings: Settings, needs: Needs, budget: int) -> Plan:
     strategy = STRATEGIES[settings.strategy]
     staging = min(needs.staging_records, (budget - needs.fixed) // needs.record)
     assert staging >= SMALLEST_STAGING, (staging, budget, needs)
-    room = budget - needs.fixed - staging * needs.record if strategy.allocation == "uniform" else 0
+    room = budget - needs.fixed - needs.staging_records * needs.record if strategy.allocation == "uniform" else 0
     wanted = settings.split if settings.split is not None else strategy.split
-    split = _roomiest_split(needs, room) if wanted is None else wanted
-    layers = _share(needs.layers, split, room)
-    used = sum(share.slots * _top_bytes(layer, share.top_rows) for layer, share in zip(needs.layers, layers, strict=True))
+    split = _roomiest_split(needs.layers, room) if wanted is None else wanted
+    shares = _share(needs.layers, split, room)
+    cache = sum(
+        share.slots * top_bytes(layer, share.top_rows) for layer, share in zip(needs.layers, shares, strict=True)
+    )
     prefetch = strategy.predictor != "none" if settings.prefetch == "auto" else settings.prefetch == "on"
     return Plan(
-        layers=layers,
+        layers=shares,
         staging_records=staging,
         eviction=strategy.eviction if settings.eviction == "auto" else settings.eviction,
         predictor="next-router" if prefetch else "none",
         prefetch_depth=min(needs.top_k, staging - 1) if prefetch else 0,
         misses=strategy.misses,
-        memory=MemoryPlan(needs.resident, needs.kv, needs.workspace, staging * needs.record, used, budget),
+        memory=MemoryPlan(needs.resident, needs.kv, needs.workspace, staging * needs.record, cache, budget),
         strategy=strategy.name,
-        reason=_reason(strategy.name, split, layers, needs, wanted is not None),
+        reason=_reason(strategy.name, split, shares, needs, wanted is not None),
     )
 
 
-def _roomiest_split(needs: Needs, room: int) -> float:
-    """The default ratio, or a larger one when all tops fit anyway: room that is left over makes tops longer (ours)."""
-    everything = sum(layer.num_experts * record_stride(layer) for layer in needs.layers)
-    return min(1.0, max(DEFAULT_SPLIT, room / everything))
+def _roomiest_split(layers: Sequence[MoeLayer], room: int) -> float:
+    """The default ratio, or the largest one with which all tops fit: room that is left over makes tops longer (ours)."""
+    neurons = max(layer.neurons for layer in layers)
+    rows = bisect_right(range(neurons + 1), room, key=lambda rows: _all_tops(layers, rows / neurons)) - 1
+    return max(DEFAULT_SPLIT, rows / neurons)
+
+
+def _all_tops(layers: Sequence[MoeLayer], split: float) -> int:
+    """Bytes that the tops of all experts take."""
+    return sum(layer.num_experts * top_bytes(layer, top_rows(layer, split)) for layer in layers)
 
 
 def _share(layers: Sequence[MoeLayer], split: float, room: int) -> tuple[LayerPlan, ...]:
-    """Slots of equal number per layer; what is left over goes to the first layers, one slot each."""
+    """One slot per layer, round by round from the first layer on, as long as any fits."""
     rows = [top_rows(layer, split) for layer in layers]
-    sizes = [_top_bytes(layer, row) for layer, row in zip(layers, rows, strict=True)]
-    round_bytes = sum(sizes)
-    slots = [min(layer.num_experts, room // round_bytes) if round_bytes else 0 for layer in layers]
-    left = room - sum(count * size for count, size in zip(slots, sizes, strict=True))
-    for position, layer in enumerate(layers):
-        if sizes[position] and slots[position] < layer.num_experts and left >= sizes[position]:
-            slots[position] += 1
-            left -= sizes[position]
+    sizes = [top_bytes(layer, row) for layer, row in zip(layers, rows, strict=True)]
+    slots, before = [0] * len(layers), -1
+    while room != before:
+        before = room
+        for position, layer in enumerate(layers):
+            if slots[position] < layer.num_experts and 0 < sizes[position] <= room:
+                slots[position] += 1
+                room -= sizes[position]
     return tuple(
         LayerPlan(count, row, row / layer.neurons) for layer, row, count in zip(layers, rows, slots, strict=True)
     )
-
-
-def _top_bytes(layer: MoeLayer, rows: int) -> int:
-    return segment(layer, 0, rows).nbytes if rows else 0
 
 
 def _percent(text: str) -> float:
@@ -137,15 +140,16 @@ def _percent(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value <= 100:
-        raise BadSettings(f"budget {text!r} is not understood; a percentage is more than 0 and at most 100, such as 50%")
+        raise BadSettings(f"budget {text!r} is not understood; a percentage is above 0 and at most 100, such as 50%")
     return value / 100
 
 
-def _reason(name: str, split: float, layers: Sequence[LayerPlan], needs: Needs, fixed_split: bool) -> str:
-    slots, experts = sum(share.slots for share in layers), sum(layer.num_experts for layer in needs.layers)
+def _reason(name: str, split: float, shares: Sequence[LayerPlan], needs: Needs, asked: bool) -> str:
+    slots, experts = sum(share.slots for share in shares), sum(layer.num_experts for layer in needs.layers)
     if not slots:
         return f"{name}: no expert is cached, every use streams from the host"
     if slots == experts and split >= 1:
         return f"{name}: all {experts} experts are resident"
-    why = "as asked" if fixed_split else "the paper's best uniform ratio" if split == DEFAULT_SPLIT else "all tops fit, so tops grew"
+    grown = "the paper's best uniform ratio" if split == DEFAULT_SPLIT else "all tops fit, so tops grew"
+    why = "as the strategy or the settings say" if asked else grown
     return f"{name}: {slots} of {experts} tops cached, split ratio {split:.2f} everywhere ({why})"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
 
@@ -21,8 +22,9 @@ from .arena import Arena
 from .device_cache import LayerCache, Slot, SlotState
 from .errors import Cancelled
 from .eviction import EvictionPolicy, make_policy
+from .geometry import Segment, record_stride, segment
 from .host_store import HostStore
-from .packing import record_stride, rows_of, segment
+from .packing import rows_of
 from .predictor import Predictor
 from .spec import MoeLayer, Plan
 from .staging import Staging, StagingBuffer
@@ -140,11 +142,16 @@ class Residency:
 
     def load(self, buffer: StagingBuffer, priority: Priority, with_top: bool) -> None:
         """Sends the buffer's expert into it: the bottom, and the top before it when asked."""
-        rows = self.caches[buffer.layer].top_rows
-        if with_top and rows > 0:
-            buffer.top = self._submit(buffer, 0, rows, priority)
-        if rows < self.layers[buffer.layer].neurons:
-            buffer.bottom = self._submit(buffer, rows, self.layers[buffer.layer].neurons, priority)
+        geometry, top = self.layers[buffer.layer], self.caches[buffer.layer].top
+        sent = 0  # bytes of the record that the top carries already
+        if with_top and top is not None:
+            buffer.top = self._submit(buffer, top, Part.TOP if top.stop_row < geometry.neurons else Part.WHOLE, priority)
+            sent = top.stop
+        rows = 0 if top is None else top.stop_row
+        if rows < geometry.neurons and sent < record_stride(geometry):
+            bottom = segment(geometry, rows, geometry.neurons)
+            bottom = replace(bottom, start=max(bottom.start, sent))
+            buffer.bottom = self._submit(buffer, bottom, Part.BOTTOM if rows else Part.WHOLE, priority)
 
     def load_top(self, layer: int, slot: Slot) -> Ticket:
         """Demands the top of the slot's expert straight into the slot."""
@@ -216,17 +223,12 @@ class Residency:
             cache.close()
         self.staging.resize(0, 0)
 
-    def _submit(self, buffer: StagingBuffer, start_row: int, stop_row: int, priority: Priority) -> Ticket:
-        geometry = self.layers[buffer.layer]
-        part = segment(geometry, start_row, stop_row)
-        kind = Part.TOP if start_row == 0 else Part.BOTTOM
-        if stop_row - start_row == geometry.neurons:
-            kind = Part.WHOLE
+    def _submit(self, buffer: StagingBuffer, wanted: Segment, part: Part, priority: Priority) -> Ticket:
         return self.transfer.submit(
-            self.store.source(buffer.layer, buffer.expert, part),
-            buffer.buffer[part.start : part.stop],
+            self.store.source(buffer.layer, buffer.expert, wanted),
+            buffer.buffer[wanted.start : wanted.stop],
             priority,
-            tag=(buffer.layer, buffer.expert, kind),
+            tag=(buffer.layer, buffer.expert, part),
             after=buffer.fence,
         )
 
@@ -248,7 +250,10 @@ class _Need:
 class _Part(NamedTuple):
     need: _Need
     start_row: int
-    ticket: Ticket | None
+    tickets: Sequence[Ticket]  # all must be done before its weights may be read
+
+    def arrived(self) -> bool:
+        return all(ticket.done for ticket in self.tickets)
 
 
 class Step:
@@ -315,7 +320,7 @@ class Step:
             staging.guess_came_true(guess)
             need.staged, need.was_guess = guess, True
             top_here = top_here or (guess.top is not None and guess.top.done)
-            bottom_here = bottom_here or (guess.bottom is not None and guess.bottom.done)
+            bottom_here = bottom_here or all(ticket.done for ticket in guess.tickets())
             for ticket in guess.tickets():
                 if not ticket.done:
                     self.residency.transfer.promote(ticket)
@@ -326,22 +331,19 @@ class Step:
     def _demand(self, need: _Need) -> None:
         """Starts what is missing, tops first, and queues the need's pieces."""
         residency, rows, whole = self.residency, self.cache.top_rows, self.cache.geometry.neurons
-        staged = need.staged
-        top_missing = rows > 0 and need.slot is None and (staged is None or staged.top is None)
-        bottom_missing = rows < whole and (staged is None or staged.bottom is None)
+        top_missing = rows > 0 and need.slot is None and (need.staged is None or need.staged.top is None)
+        assert not (top_missing and need.staged), f"a guess of expert {need.expert} lacks its top"
         if top_missing and residency.decode:
             need.slot = residency.room_for_top(self.layer, need.expert, self._protected)
             if need.slot is not None:
                 need.top_ticket = residency.load_top(self.layer, need.slot)
                 top_missing = False
-        if not top_missing and need.slot is not None:
-            self._queue(need, 0, need.top_ticket)
-        if top_missing or bottom_missing:
-            if staged is not None:  # a guess fetched less than is needed now; cannot happen, its layer did not run since
-                raise AssertionError((self.layer, need.expert, top_missing, bottom_missing))
-            self._stage(need, with_top=top_missing)
-        elif staged is not None:
+        if need.slot is not None:
+            self._queue(need, 0, () if need.top_ticket is None else (need.top_ticket,))
+        if need.staged is not None:
             self._queue_staged(need)
+        elif top_missing or rows < whole:
+            self._stage(need, with_top=top_missing)
 
     def _stage(self, need: _Need, with_top: bool) -> None:
         """Demands into a staging buffer; a guess gives its buffer up, and without any the need waits for its own kind."""
@@ -358,42 +360,37 @@ class Step:
     def _queue_staged(self, need: _Need) -> None:
         assert need.staged is not None
         if need.staged.top is not None and need.slot is None:
-            self._queue(need, 0, need.staged.top)
-        if need.staged.bottom is not None:
-            self._queue(need, self.cache.top_rows, need.staged.bottom)
+            self._queue(need, 0, (need.staged.top,))
+        if self.cache.top_rows < self.cache.geometry.neurons:
+            self._queue(need, self.cache.top_rows, need.staged.tickets())
 
-    def _queue(self, need: _Need, start_row: int, ticket: Ticket | None) -> None:
+    def _queue(self, need: _Need, start_row: int, tickets: Sequence[Ticket]) -> None:
         need.left += 1
-        if ticket is None:
-            self._ready.append(_Part(need, start_row, None))
+        if tickets:
+            self._arriving.append(_Part(need, start_row, tickets))
         else:
-            self._arriving.append(_Part(need, start_row, ticket))
+            self._ready.append(_Part(need, start_row, tickets))
 
     def _next(self) -> _Part:
         """The next piece whose data is here; waits (and counts a stall) only when nothing is."""
         if self._ready:
             return self._ready.popleft()
-        arriving = self._arriving
-        position = next((i for i, part in enumerate(arriving) if part.ticket is not None and part.ticket.done), 0)
-        part = arriving.pop(position)
-        assert part.ticket is not None
+        position = next((place for place, part in enumerate(self._arriving) if part.arrived()), 0)
+        part = self._arriving[position]
         start_s = time.perf_counter()
-        try:
-            stalled_s = part.ticket.wait(self.residency.cancelled)
-        except BaseException:
-            arriving.insert(position, part)
-            raise
+        stalled_s = sum(ticket.wait(self.residency.cancelled) for ticket in part.tickets)
         if stalled_s > 0:
             telemetry, token = self.residency.telemetry, self.residency.token
             telemetry.event(EventKind.STALL, self.layer, -1, Part.WHOLE, start_s, start_s + stalled_s, 0, token)
+        del self._arriving[position]
         slot = part.need.slot
-        if slot is not None and slot.state is SlotState.ARRIVING and part.ticket is part.need.top_ticket:
+        if slot is not None and slot.state is SlotState.ARRIVING and part.start_row == 0:
             self.cache.arrived(slot)
         return part
 
     def _weights(self, part: _Part) -> Tensor:
         need, geometry, rows = part.need, self.cache.geometry, self.cache.top_rows
-        if part.start_row == 0 and need.slot is not None and rows > 0:
+        if part.start_row == 0 and need.slot is not None:
             return need.slot.weights
         assert need.staged is not None
         stop_row = rows if part.start_row == 0 and rows > 0 else geometry.neurons

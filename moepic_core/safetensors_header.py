@@ -93,7 +93,7 @@ def _are_counts(values: Any) -> TypeGuard[list[int]]:
     if not isinstance(values, list) or len(values) > 64:
         return False
     # Exactly int, because JSON's true is an int to Python too.
-    return not values or ({*map(type, values)} == {int} and 0 <= min(values) and max(values) < 2**63)
+    return not values or ({*map(type, values)} == {int} and min(values) >= 0 and max(values) < 2**63)
 
 
 def _check_cover(path: Path, tensors: dict[str, TensorInfo], data_start: int, file_size: int) -> None:

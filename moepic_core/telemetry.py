@@ -3,7 +3,8 @@
 The compute thread reports steps, tokens and stalls, transfer threads report what they moved; page and command line read
 `snapshot`, `events` and `trace` from any thread. One short lock makes every answer consistent.
 Callers pass all times (seconds of one monotonic clock) and token numbers (counted over the session): no clock in here.
-The trace keeps the newest rows and says how many older ones were lost; the counters lose nothing.
+The trace keeps the newest rows and says how many older ones were lost; the counters lose nothing. What rows mean is
+said in `trace`, what figures mean in `metrics`; this module is the door to both.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .metrics import NUM_COUNTS, NUM_SECONDS, Counters, Phase, Reply, Scope, Snapshot
+from .metrics import METRICS, NUM_COUNTS, NUM_SECONDS, Counters, Phase, Reply, Scope, Snapshot
 from .spec import Plan
-from .trace import EVENT, Coverage, EventKind, Ring, Trace, TracePhase, routing_dtype
+from .trace import EVENT, Coverage, EventKind, Outcome, Part, Ring, Trace, TracePhase, routing_dtype
+
+__all__ = ["METRICS", "EventKind", "Outcome", "Part", "Snapshot", "Telemetry", "Trace"]
 
 _BYTES_COLUMN = {  # of Counters.counts
     EventKind.DEMAND: 3, EventKind.PREFETCH: 4, EventKind.USED: 5, EventKind.WASTED: 6,
 }  # fmt: skip
 _LINK_KINDS = frozenset({EventKind.DEMAND, EventKind.PREFETCH})
+_STALL_S, _LINK_BUSY_S = range(NUM_SECONDS)  # columns of Counters.seconds
 
 
 class Telemetry:
@@ -143,7 +147,7 @@ class Telemetry:
         nbytes: int,
         token: int,
     ) -> None:
-        """Something happened for `token` from start_s to end_s. Any thread; `expert` -1 and `nbytes` 0 for a stall."""
+        """Something happened for `token`. Any thread; `expert` -1 where there is none, `nbytes` 0 if nothing moved."""
         assert 0 <= layer < self._num_layers, f"layer {layer} of {self._num_layers}"
         assert end_s >= start_s, f"{kind!r} ends at {end_s} s, before it starts at {start_s} s"
         with self._lock:
@@ -153,9 +157,9 @@ class Telemetry:
             if column is not None:
                 self._counts[phase][layer][column] += nbytes
             if kind in _LINK_KINDS:
-                self._seconds[phase][layer][1] += self._link.add(start_s, end_s)
+                self._seconds[phase][layer][_LINK_BUSY_S] += self._link.add(start_s, end_s)
             elif kind == EventKind.STALL:
-                self._seconds[phase][layer][0] += end_s - start_s
+                self._seconds[phase][layer][_STALL_S] += end_s - start_s
             self._version += 1
 
     # What readers get

@@ -1,4 +1,4 @@
-"""The recorded trace: what its rows mean, and the two small bookkeepers behind it.
+"""The recorded trace: what its rows mean, the ring that keeps the newest, and the time that transfers cover.
 
 `telemetry` writes rows, `planner`, `simulator` and exports read them; the formulas of `metrics.METRICS` run over them.
 A row belongs to the reply and the phase in which it was recorded. Token numbers count over the session, times are
@@ -87,8 +87,12 @@ class Ring:
 
     def since(self, first: int) -> tuple[NDArray[np.void], int]:
         """A copy of the rows from number `first` on, and how many of those were overwritten."""
-        oldest = max(first, self.written - len(self._rows))
-        return self._rows[np.arange(oldest, self.written) % len(self._rows)], oldest - first
+        assert 0 <= first <= self.written, f"row {first} of {self.written}"
+        capacity = len(self._rows)
+        oldest = max(first, self.written - capacity)
+        start = oldest % capacity
+        end = start + self.written - oldest  # beyond the last row if the wanted ones wrap around
+        return np.concatenate((self._rows[start:end], self._rows[: max(0, end - capacity)])), oldest - first
 
 
 class Coverage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 # Read by huggingface_hub when it is first imported; tests that need a cache or a hub make their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = os.devnull + "/hf"
+os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "moepic-tests-have-no-hub-cache")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -103,7 +104,7 @@ class FakeCuda:
             stream.thread.join()
 
 
-def install(patch: pytest.MonkeyPatch, bytes_per_s: float = 1e12) -> FakeCuda:
+def install(patch: pytest.MonkeyPatch, bytes_per_s: float = math.inf) -> FakeCuda:
     """Patch torch; the caller stops what this returns."""
     fake = FakeCuda(bytes_per_s)
     patch.setattr(torch.cuda, "Stream", fake.stream)

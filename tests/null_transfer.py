@@ -1,8 +1,8 @@
 """A transfer backend without threads, in the hands of a test: nothing moves unless the test says so.
 
 `submit` poisons the destination (0xFF, which is NaN in every float type), so whoever reads before `wait` sees it. Data
-arrive when the test calls `step()`, or `begin()` and `end()` to stop a chunk in mid-flight; `wait` moves whatever is due
-before its ticket, in the contract's order or, with a seed, in a random one. The clock is synthetic: one chunk, one
+arrive when the test calls `step()`, or `begin()` and `end()` to stop a chunk in mid-flight; `wait` moves whatever is
+due before its ticket, in the contract's order or, with a seed, in a random one. The clock is synthetic: one chunk, one
 second. It also asserts that nobody submits into a buffer that an unsettled ticket still owns.
 """
 

@@ -6,6 +6,7 @@ chunk in about a millisecond, so that a test can act while much is still queued.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import math
@@ -19,10 +20,11 @@ import pytest
 import torch
 from null_transfer import NullTransfer
 
-from moepic_core.transfer.base import ALIGNMENT_BYTES, FileSource, MemorySource, Source, Transfer
+from moepic_core.transfer.base import FileSource, MemorySource, Source, Transfer
 from moepic_core.transfer.cuda import CudaTransfer
-from moepic_core.transfer.pinning import Pinned, pin
+from moepic_core.transfer.pinning import pin
 from moepic_core.transfer.thread import ThreadTransfer
+from moepic_core.units import ALIGNMENT_BYTES
 
 CHUNK_BYTES = 64 << 10
 SLOW_BYTES_PER_S = 64e6
@@ -32,18 +34,17 @@ class Link:
     """Host memory to host memory through the null backend; the other kinds change what differs."""
 
     chunk_bytes = CHUNK_BYTES
-    num_at_once = 1  # chunks that a later demand cannot overtake any more
     granule = 1  # sizes are multiples of it
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
-        self.patch = patch
         self.folder = folder
         self.copies_to_fail = 0.0
-        self._closers: list[Callable[[], None]] = []
+        self.transfers: list[Transfer] = []
+        self.resources = contextlib.ExitStack()  # freed after the backends that use them
 
     def make(self, slow: bool = False) -> Transfer:
         transfer = self.build(slow)
-        self._closers.append(transfer.close)
+        self.transfers.append(transfer)
         return transfer
 
     def build(self, slow: bool) -> Transfer:
@@ -66,8 +67,9 @@ class Link:
         transfer.failures = {None: num_copies}
 
     def close(self) -> None:
-        for closer in self._closers:
-            closer()
+        for transfer in self.transfers:
+            transfer.close()
+        self.resources.close()
 
 
 class RandomNull(Link):
@@ -77,11 +79,15 @@ class RandomNull(Link):
 
 class ThreadMemory(Link):
     rate_bytes_per_s: float | None = None
+    num_workers = 1
+
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
+        super().__init__(patch, folder)
+        patch.setattr(np, "copyto", self._flaky(np.copyto))
 
     def build(self, slow: bool) -> Transfer:
-        self.patch.setattr(np, "copyto", self._flaky(np.copyto))
         rate = SLOW_BYTES_PER_S if slow else self.rate_bytes_per_s
-        return ThreadTransfer(num_workers=self.num_at_once, rate_bytes_per_s=rate, chunk_bytes=self.chunk_bytes)
+        return ThreadTransfer(num_workers=self.num_workers, rate_bytes_per_s=rate, chunk_bytes=self.chunk_bytes)
 
     def fail(self, transfer: Transfer, num_copies: float = math.inf) -> None:
         self.copies_to_fail = num_copies
@@ -101,7 +107,7 @@ class ThreadEmulated(ThreadMemory):
 
 
 class ThreadDisk(ThreadMemory):
-    num_at_once = 2
+    num_workers = 2
     flags = os.O_RDONLY
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -113,11 +119,8 @@ class ThreadDisk(ThreadMemory):
         path = self.folder / f"packed-{next(self._names)}"
         path.write_bytes(b"x" * ALIGNMENT_BYTES + data.numpy().tobytes())
         fd = os.open(path, self.flags)
-        self._closers.append(lambda: os.close(fd))
+        self.resources.callback(os.close, fd)
         return FileSource(fd, ALIGNMENT_BYTES, data.numel(), str(path), self.flags != os.O_RDONLY)
-
-    def close(self) -> None:
-        super().close()  # backends first: they were made before the files that they read
 
 
 class ThreadDirect(ThreadDisk):
@@ -133,13 +136,16 @@ class ThreadDirect(ThreadDisk):
 
 
 class SimulatedCuda(Link):
-    num_at_once = 2
     pinned = True
 
-    def build(self, slow: bool) -> Transfer:
-        self.fake = fake_cuda.install(self.patch, SLOW_BYTES_PER_S if slow else 1e12)
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
+        super().__init__(patch, folder)
+        self.fake = fake_cuda.install(patch)
         self.fake.pinned = self.pinned
-        self._closers.insert(0, self.fake.stop)
+        self.resources.callback(self.fake.stop)
+
+    def build(self, slow: bool) -> Transfer:
+        self.fake.bytes_per_s = SLOW_BYTES_PER_S if slow else math.inf
         return CudaTransfer(torch.device("cpu"), self.chunk_bytes)
 
     def read(self, destination: torch.Tensor) -> torch.Tensor:
@@ -148,10 +154,6 @@ class SimulatedCuda(Link):
 
     def fail(self, transfer: Transfer, num_copies: float = math.inf) -> None:
         self.fake.copies_to_fail = num_copies
-
-    def close(self) -> None:
-        self._closers.reverse()  # the backend before its device
-        super().close()
 
 
 class SimulatedPageable(SimulatedCuda):
@@ -162,13 +164,10 @@ class Cuda(Link):
     """The real thing. Nothing slows it down, so what has to be slow is big."""
 
     chunk_bytes = 4 << 20
-    num_at_once = 2
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
         super().__init__(patch, folder)
-        self._pins: list[Pinned] = []
-        self._real_copy = torch.Tensor.copy_
-        patch.setattr(torch.Tensor, "copy_", self._copy)
+        patch.setattr(torch.Tensor, "copy_", self._flaky(torch.Tensor.copy_))
 
     def build(self, slow: bool) -> Transfer:
         return CudaTransfer(torch.device("cuda"), self.chunk_bytes)
@@ -176,7 +175,7 @@ class Cuda(Link):
     def source(self, data: torch.Tensor) -> Source:
         pinned = pin(data)
         assert pinned.error is None, pinned.error
-        self._pins.append(pinned)
+        self.resources.callback(pinned.release)
         return MemorySource(data)
 
     def buffer(self, nbytes: int) -> torch.Tensor:
@@ -188,16 +187,14 @@ class Cuda(Link):
     def fail(self, transfer: Transfer, num_copies: float = math.inf) -> None:
         self.copies_to_fail = num_copies
 
-    def close(self) -> None:
-        super().close()
-        for pinned in self._pins:
-            pinned.release()
+    def _flaky(self, copy: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def wrapped(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+            if non_blocking and self.copies_to_fail > 0:
+                self.copies_to_fail -= 1
+                raise RuntimeError("CUDA error: as the test wished")
+            return copy(destination, source, non_blocking=non_blocking)
 
-    def _copy(self, destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        if non_blocking and self.copies_to_fail > 0:
-            self.copies_to_fail -= 1
-            raise RuntimeError("CUDA error: as the test wished")
-        return self._real_copy(destination, source, non_blocking=non_blocking)
+        return wrapped
 
 
 class PageableCuda(Cuda):
@@ -217,3 +214,13 @@ LINKS = {
     "cuda": Cuda,
     "cuda-pageable": PageableCuda,
 }
+
+
+def link_params(*names: str) -> list[object]:
+    """Names for `pytest.mark.parametrize`; the real device only where there is one (see `conftest.py`)."""
+    return [pytest.param(name, marks=pytest.mark.gpu if issubclass(LINKS[name], Cuda) else ()) for name in names]
+
+
+def data_of(nbytes: int, seed: int = 0) -> torch.Tensor:
+    """Random bytes, never the same twice in a row as long as seeds differ."""
+    return torch.randint(0, 255, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))

@@ -18,6 +18,7 @@ class HfModel:
         self.model = model
         self.device = device
         self.cached_ids: list[int] = []  # tokens whose keys and values are kept
+        self.continues = True  # several tokens may follow cached ones in one pass
         self._cache: Any = None
         parameters = inspect.signature(model.forward).parameters
         self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
@@ -29,7 +30,18 @@ class HfModel:
 
     def kv_bytes_by_layer(self) -> list[int]:
         """Bytes of the kept keys, values and recurrent states, per layer that keeps any."""
-        return [tensor_bytes(list(vars(layer).values())) for layer in self._kv_layers()]
+        return [
+            sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(vars(layer)))
+            for layer in self._kv_layers()
+        ]
+
+    def recurrent_states(self) -> list[Tensor]:
+        """Copies of the states that summarise all tokens so far, of the layers that have any."""
+        return [
+            state.clone()
+            for layer in self._kv_layers()
+            for state in tensors_in(getattr(layer, "recurrent_states", None))
+        ]
 
     def kv_windows(self) -> list[int | None]:
         """Per layer the length of its sliding window, None where it keeps everything."""
@@ -59,14 +71,16 @@ class HfModel:
         """Keeps the longest common prefix of the cached tokens and `ids`; returns its length.
 
         At least one token of `ids` is left to run, since its logits are needed. Recurrent states and full sliding
-        windows cannot be cut back; then nothing is kept unless `ids` continues exactly where the cache ends.
+        windows cannot be cut back; then nothing is kept unless `ids` continues exactly where the cache ends. Nothing is
+        kept either where the model cannot `continue` with the several tokens that are left.
         """
         common = 0
         for old, new in zip(self.cached_ids, ids[:-1], strict=False):
             if old != new:
                 break
             common += 1
-        if common < len(self.cached_ids) and not self._crop(common):
+        cannot_continue = not self.continues and len(ids) - common > 1
+        if cannot_continue or (common < len(self.cached_ids) and not self._crop(common)):
             self.forget()
             return 0
         return common
@@ -95,12 +109,9 @@ class HfModel:
         return list(getattr(self._cache, "layers", ()))
 
 
-def tensor_bytes(value: object) -> int:
-    """Bytes of all tensors in nested containers."""
+def tensors_in(value: object) -> list[Tensor]:
+    """All tensors in nested containers."""
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(tensor_bytes(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(tensor_bytes(item) for item in value)
-    return 0
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]

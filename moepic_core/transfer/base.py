@@ -16,8 +16,7 @@ from typing import Protocol
 
 import torch
 
-CHUNK_BYTES = 4 << 20  # the smallest at which disk, memory and PCIe reach their full speed (benchmarks/transfer.py)
-ALIGNMENT_BYTES = 4096  # what O_DIRECT asks of offsets, lengths and addresses on every common disk
+from ..units import ALIGNMENT_BYTES
 
 
 class Priority(Enum):

@@ -15,7 +15,8 @@ from typing import Generic, TypeVar
 import torch
 
 from ..errors import Cancelled, MoepicError, TransferFailed
-from .base import ALIGNMENT_BYTES, Priority, Source, TransferCounters, TransferEvent, check_request
+from ..units import ALIGNMENT_BYTES
+from .base import Priority, Source, TransferCounters, TransferEvent, check_request
 from .clocks import BusyTime
 
 _MAX_EVENTS = 1 << 16
@@ -104,6 +105,7 @@ class Ledger(Generic[E]):
         self._num_outcomes = dict.fromkeys(Outcome, 0)
         self._num_submitted = 0
         self._submitted_bytes = 0
+        self._in_flight_bytes = 0
         self._landed_bytes = dict.fromkeys(Priority, 0)
         self._lost_bytes = 0
         self._dropped_bytes = 0  # never handed out, because the ticket failed or was cancelled
@@ -141,6 +143,7 @@ class Ledger(Generic[E]):
         nbytes = min(entry.nbytes - offset, limit_bytes or self.chunk_bytes)
         entry.taken_bytes += nbytes
         entry.num_in_flight += 1
+        self._in_flight_bytes += nbytes
         if entry.taken_bytes == entry.nbytes:
             self._queues[entry.priority].remove(entry)
         return Chunk(entry, offset, nbytes, entry.priority)
@@ -149,6 +152,7 @@ class Ledger(Generic[E]):
         """`chunk` has arrived, or failed for good with `error`, and was in flight from `start_s` to `end_s`."""
         entry = chunk.entry
         entry.num_in_flight -= 1
+        self._in_flight_bytes -= chunk.nbytes
         if error is None:
             entry.landed_bytes += chunk.nbytes
             self._landed_bytes[chunk.priority] += chunk.nbytes
@@ -228,6 +232,7 @@ class Ledger(Generic[E]):
             assert (entry.num_in_flight == 0) == (entry.in_flight_bytes == 0), (entry.tag, entry.in_flight_bytes)
         queued = sum(entry.nbytes - entry.taken_bytes for queue in self._queues.values() for entry in queue)
         in_flight = sum(entry.in_flight_bytes for entry in self._live)
+        assert self._in_flight_bytes == in_flight, (self._in_flight_bytes, in_flight)
         finished = sum(self._landed_bytes.values()) + self._lost_bytes + self._dropped_bytes
         assert self._submitted_bytes == queued + in_flight + finished, (
             self._submitted_bytes,

@@ -1,0 +1,98 @@
+"""Tensors are read from their files exactly, once, in steps that report progress and can be stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moepic_core import lazy_tensors
+from moepic_core.errors import BadCheckpoint, Cancelled
+from moepic_core.lazy_tensors import LazyTensors
+from moepic_core.safetensors_header import read_header
+from moepic_core.shards import read_tensors
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+    tensors = {str(dtype): (torch.randn(3, 5) * 4).to(dtype) for dtype in dtypes}
+    save_file({**tensors, "empty": torch.empty(0, 5), "scalar": torch.tensor(2.5)}, path)
+    return path
+
+
+def test_every_dtype_and_shape_is_read_exactly(file: Path) -> None:
+    expected = load_file(file)
+    tensors = LazyTensors(read_header(file))
+    assert set(tensors) == set(expected)
+    assert len(tensors) == len(expected)
+    for name, tensor in tensors.items():
+        assert tensor.shape == expected[name].shape
+        assert tensor.dtype == expected[name].dtype
+        read = tensor[...]
+        assert read.dtype == expected[name].dtype
+        assert torch.equal(read, expected[name])
+
+
+def test_each_read_gives_memory_of_its_own(file: Path) -> None:
+    tensor = LazyTensors(read_header(file))["torch.float32"]
+    first, second = tensor[...], tensor[...]
+    first.zero_()
+    assert torch.equal(second, load_file(file)["torch.float32"])
+
+
+def test_progress_adds_up_and_comes_in_chunks(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy_tensors, "CHUNK_BYTES", 16)
+    counts: list[int] = []
+    tensors = LazyTensors(read_header(file), progress=counts.append)
+    assert tensors["torch.float32"][...].numel() == 15
+    assert counts == [16, 16, 16, 12]
+    for tensor in tensors.values():
+        tensor[...]
+    assert sum(counts) == 60 + tensors.num_bytes
+
+
+def test_a_stop_takes_effect_at_the_next_chunk(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy_tensors, "CHUNK_BYTES", 16)
+    counts: list[int] = []
+    tensors = LazyTensors(read_header(file), progress=counts.append, cancelled=lambda: len(counts) == 2)
+    with pytest.raises(Cancelled):
+        tensors["torch.float32"][...]
+    assert counts == [16, 16]
+
+
+def test_a_file_that_shrinks_is_named(file: Path) -> None:
+    tensors = LazyTensors(read_header(file))
+    last = max(tensors, key=lambda name: tensors[name].info.stop)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BadCheckpoint, match=r"model.safetensors ended 1 bytes early; it changed while loading"):
+        tensors[last][...]
+    file.unlink()
+    with pytest.raises(BadCheckpoint, match="No such file or directory; check the disk"):
+        tensors[last][...]
+
+
+def test_transformers_takes_the_mapping_as_a_state_dict(checkpoints: Callable[..., Path]) -> None:
+    from transformers import MixtralForCausalLM
+
+    folder = checkpoints("mixtral")
+    counts: list[int] = []
+    tensors = LazyTensors(read_tensors(folder), progress=counts.append)
+    wanted = MixtralForCausalLM.from_pretrained(folder)
+    model = MixtralForCausalLM.from_pretrained(None, config=wanted.config, state_dict=tensors)
+    found = model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.state_dict().items())
+    assert sum(counts) == tensors.num_bytes
+
+
+def test_a_stop_reaches_the_caller_through_transformers(checkpoints: Callable[..., Path]) -> None:
+    from transformers import AutoConfig, MixtralForCausalLM
+
+    folder = checkpoints("mixtral")
+    tensors = LazyTensors(read_tensors(folder), cancelled=lambda: True)
+    with pytest.raises(Cancelled):
+        MixtralForCausalLM.from_pretrained(None, config=AutoConfig.from_pretrained(folder), state_dict=tensors)
