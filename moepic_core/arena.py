@@ -2,7 +2,7 @@
 
 Everything that the engine puts on the device is allocated or reserved here by kind, so "accounted bytes never exceed
 the budget" is checked at each allocation and nowhere else. Buffers are separate allocations, one per slot: shrinking a
-cache is dropping buffers, growing is allocating more, and nothing that stays is moved. Does not know what a buffer holds.
+cache is dropping buffers, growing is allocating more, and nothing that stays is moved. Does not know what buffers hold.
 """
 
 from __future__ import annotations

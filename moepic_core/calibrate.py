@@ -6,6 +6,7 @@ Reads free and total memory of every tier when asked; unknown values are None, n
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import psutil
 import torch
@@ -17,28 +18,39 @@ HEADROOM = 0.9  # part of the free memory that `auto` takes: a device filled to 
 
 
 def probe(device: str = "auto") -> MachineProfile:
-    """The machine as it is now. `auto` takes CUDA when there is a device. Raises BadSettings for a device not present."""
+    """The machine as it is now. `auto` takes CUDA where there is a device. Raises BadSettings for an absent one."""
     if device == "cuda" and not torch.cuda.is_available():
         raise BadSettings("device 'cuda' is not available on this machine; use device 'cpu' or 'auto'")
-    memory = psutil.virtual_memory()
+    memory, left = psutil.virtual_memory(), _cgroup_left()
+    free = memory.available if left is None else min(memory.available, left)
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if device == "cpu" or not torch.cuda.is_available():
-        free = min(memory.available, _cgroup_free() or memory.available)
         return MachineProfile("cpu", "CPU", memory.total, free, memory.total, free, cores)
-    free, total = torch.cuda.mem_get_info()
-    return MachineProfile("cuda", torch.cuda.get_device_name(), total, free, memory.total, memory.available, cores)
+    device_free, device_total = torch.cuda.mem_get_info()
+    return MachineProfile("cuda", torch.cuda.get_device_name(), device_total, device_free, memory.total, free, cores)
 
 
-def _cgroup_free() -> int | None:
-    """Bytes left in this process's memory cgroup, when one limits it (containers do)."""
-    for limit_path, used_path in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit_path) as limit, open(used_path) as used:
-                text = limit.read().strip()
-                return None if text == "max" else max(0, int(text) - int(used.read()))
-        except OSError:
-            continue
-    return None
+def _cgroup_left(own: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that memory cgroups (containers have one) leave this process; None when none limits it."""
+    if not own.is_file():
+        return None
+    left = []
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):  # cgroups of version 2, of version 1
+            top = mount / controllers
+            left += [_left_in(folder) for folder in (top, top / path.lstrip("/"))]
+    return min((nbytes for nbytes in left if nbytes is not None), default=None)
+
+
+def _left_in(folder: Path) -> int | None:
+    names = ("memory.max", "memory.current", "inactive_file")
+    if not (folder / names[0]).is_file():
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in names[:2])
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None  # the mount does not show this cgroup
+    # Files that were read count as used, but yield when memory is asked for.
+    return None if limit == "max" else max(0, int(limit) - int(used) + int(stat[names[2]]))

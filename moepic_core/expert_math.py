@@ -28,7 +28,7 @@ class ExpertMath:
     down_bias: Tensor | None = None  # [experts, hidden]
 
     def segment(self, x: Tensor, weights: Tensor, expert: int, start_row: int) -> Tensor:
-        """What neurons `start_row…` of `expert` add: x `[t, hidden]`, weights `[rows, matrices, hidden]` → `[t, hidden]`.
+        """What neurons from `start_row` on add: x `[t, hidden]`, weights `[rows, matrices, hidden]` → `[t, hidden]`.
 
         Matrices are read with the record's stride; that costs under 10 % against contiguous ones (docs/LOG.md).
         """

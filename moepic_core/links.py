@@ -1,7 +1,7 @@
 """The link that experts travel over, by name. Presets of emulated links are what such slots carry in practice.
 
-An emulated link moves real bytes in host memory and completes when a link of the given bandwidth would have. Whoever shows
-a number measured over one says "emulated link" beside it; `Link.label` does.
+An emulated link moves real bytes in host memory and completes when a link of the given bandwidth would have. Whoever
+shows a number measured over one says "emulated link" beside it; `Link.label` does.
 """
 
 from __future__ import annotations

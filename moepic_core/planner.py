@@ -1,8 +1,8 @@
 """From what the user wants and what the model needs to a `Plan`. Pure: no torch, no clock, no file.
 
-`uniform_plan` gives every layer the same split ratio and the same share of the cache. It is the paper's system without its
-configurator (arXiv 2509.08342); a planner that sets each layer's share by itself produces the same `Plan`, which is the
-only way into the engine.
+`uniform_plan` gives every layer the same split ratio and the same share of the cache. It is the paper's system without
+its configurator (arXiv 2509.08342); a planner that sets each layer's share by itself produces the same `Plan`, which is
+the only way into the engine.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def uniform_plan(settings: Settings, needs: Needs, budget: int) -> Plan:
 
 
 def _roomiest_split(layers: Sequence[MoeLayer], room: int) -> float:
-    """The default ratio, or the largest one with which all tops fit: room that is left over makes tops longer (ours)."""
+    """The default ratio, or the largest with which all tops fit: room that is left over makes tops longer (ours)."""
     neurons = max(layer.neurons for layer in layers)
     rows = bisect_right(range(neurons + 1), room, key=lambda rows: _all_tops(layers, rows / neurons)) - 1
     return max(DEFAULT_SPLIT, rows / neurons)

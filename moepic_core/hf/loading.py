@@ -103,6 +103,7 @@ def load_model(
                 state_dict=tensors,
                 dtype=getattr(torch, spec.dtype),
                 quantization_config=_Config(sink=sink),
+                ignore_mismatched_sizes=True,  # so that they are listed; `_nothing_missing` refuses them by name
                 output_loading_info=True,
             )
         except (RuntimeError, ValueError, KeyError) as error:
