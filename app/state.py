@@ -1,107 +1,39 @@
 """The one engine that all tabs of the page share, and the lock around it. The only importer of the engine.
 
-Panels ask it to load, to answer and to change the budget, and read what `look` says; nothing they get is mutable.
+Panels ask it to load, to answer and to change the budget, and read what `look` says; nothing they get can change.
 A model is loaded by a thread of its own, and answers are made by another, so that no request of the page waits for a
-model and a stop is noticed within one layer. What goes wrong becomes a `Notice`; conversation and settings stay.
+model and a stop is noticed within one layer. What goes wrong raises a MoepicError at once or becomes a `Notice` later;
+conversation, settings and the model that answers now survive it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Literal
 
 from moepic_core import finder
-from moepic_core.calibrate import HEADROOM, probe
+from moepic_core.calibrate import probe
 from moepic_core.checkpoint import read_spec
-from moepic_core.errors import BadSettings, Cancelled, MoepicError
+from moepic_core.errors import BadSettings, Cancelled, MoepicError, OutOfRoom
 from moepic_core.events import Notice as EngineNotice
 from moepic_core.events import TokenMade
-from moepic_core.links import Link, parse_link
-from moepic_core.metrics import Snapshot
-from moepic_core.planner import Needs, budget_bytes, uniform_plan
-from moepic_core.spec import MachineProfile, ModelSpec, Plan, Settings
-from moepic_core.verdict import Verdict, judge
+from moepic_core.links import parse_link
+from moepic_core.planner import budget_bytes
+from moepic_core.spec import MachineProfile, Plan, Settings
+from moepic_core.verdict import judge
 
 from . import checkpoints
+from .nouns import Loaded, Look, Notice, Preview, Progress
 
-if TYPE_CHECKING:  # importing the engine takes seconds, so the first load does it, while the page is up already
+if TYPE_CHECKING:  # importing the engine takes seconds, so the first load does that while the page is up already
     from moepic_core.engine import Engine
     from moepic_core.hf.text import Message
 
 UPDATE_S = 0.045  # the browser needs 8 ms to draw an answer anew: about 20 times a second is smooth and cheap
-RELOADED = ("checkpoint", "device", "link", "dtype", "context_length")  # settings that only a load changes
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A model on its way."""
-
-    kind: Literal["downloading", "loading"]
-    name: str
-    done_bytes: int = 0
-    total_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something that the user should read. The newest replaces the one before."""
-
-    number: int
-    kind: Literal["error", "info"]
-    text: str
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The model that answers now."""
-
-    settings: Settings
-    spec: ModelSpec
-    machine: MachineProfile
-    link: Link
-    needs: Needs
-    has_chat_template: bool
-    notices: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Look:
-    """All that is true at one instant. `snapshot` is there when `loaded` is."""
-
-    loads: int  # grows when a load ends, well or not: a page that sees it change reads its choices again
-    progress: Progress | None
-    notice: Notice | None
-    loaded: Loaded | None
-    snapshot: Snapshot | None
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a checkpoint would need on this machine, from its headers alone or, when it is loaded, as measured."""
-
-    settings: Settings
-    machine: MachineProfile  # with what the loaded model would give back counted as free
-    link: Link
-    verdict: Verdict | None  # None: the checkpoint is not on this machine yet
-    spec: ModelSpec | None = None
-    needs: Needs | None = None
-    budget_bytes: int | None = None  # None: no budget works
-    notes: tuple[str, ...] = ()
-
-    @property
-    def largest_bytes(self) -> int:
-        """The largest budget that makes sense: everything, or what is free."""
-        assert self.needs is not None
-        return min(self.needs.everything, int(self.machine.device_free_bytes * HEADROOM))
-
-    def plan(self, budget: int) -> Plan:
-        assert self.needs is not None
-        return uniform_plan(self.settings, self.needs, budget)
+NEED_A_LOAD = ("checkpoint", "device", "link", "dtype", "context_length")  # settings that only a load can change
 
 
 class State:
@@ -109,72 +41,74 @@ class State:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._lock = threading.Lock()  # for the fields below; held for assignments only
+        self._lock = threading.Lock()  # held for looks and assignments only, never while something works
         self._engine: Engine | None = None
         self._loaded: Loaded | None = None
-        self._progress: Progress | None = None
         self._loader: threading.Thread | None = None
         self._loads = 0
-        self._cancelled = threading.Event()
+        self._progress: Progress | None = None
         self._notice: Notice | None = None
         self._num_notices = 0
+        self._load_cancelled = threading.Event()
+        self._closed = threading.Event()
 
     def look(self) -> Look:
+        """All that is true now. Cheap; from any thread."""
         with self._lock:
             engine, loads, progress = self._engine, self._loads, self._progress
             notice, loaded = self._notice, self._loaded
         return Look(loads, progress, notice, loaded, engine.snapshot() if engine else None)
 
     def tell(self, kind: Literal["error", "info"], text: str) -> None:
+        """Shows `text` in every tab until something newer or better happens."""
         with self._lock:
             self._num_notices += 1
             self._notice = Notice(self._num_notices, kind, text)
 
     def preview(self, settings: Settings) -> Preview:
-        """What `settings` would need here. Raises a MoepicError when their checkpoint cannot be used at all."""
+        """What `settings` would need here; loads nothing. Raises a MoepicError when they cannot work at all."""
         with self._lock:
-            loaded, engine = self._loaded, self._engine
+            engine, loaded = self._engine, self._loaded
         machine = probe(settings.device)
         if engine is not None:
             machine = _without(machine, engine)
         link = parse_link(settings.link, machine.device)
-        if loaded is not None and engine is not None and _same_model(settings, loaded.settings):
-            notes = list(loaded.notices)
-            if not loaded.has_chat_template:
-                notes.append("no chat template: it continues your text instead of answering")
+        if engine is not None and loaded is not None and is_same_model(settings, loaded.settings):
             verdict = judge(loaded.spec, loaded.needs, machine, settings.link)
-            budget = engine.plan.memory.budget
-            return Preview(settings, machine, link, verdict, loaded.spec, loaded.needs, budget, tuple(notes))
+            budget, notes = engine.plan.memory.budget, _notes(loaded)
+            return Preview(loaded.settings, machine, link, loaded.spec, loaded.needs, verdict, budget, True, notes)
         folder = checkpoints.folder(settings.checkpoint)
         if folder is None:
-            return Preview(settings, machine, link, None)
+            return Preview(settings, machine, link)
+        from moepic_core.engine import needs_of
+
         spec = read_spec(folder, settings.dtype)
-        needs = _needs_of(settings, spec, machine)
+        needs = needs_of(settings, spec, machine)
         verdict = judge(spec, needs, machine, settings.link)
-        budget = None
-        if verdict.step != "will not run":
-            budget = budget_bytes(settings.vram, needs, int(machine.device_free_bytes * HEADROOM))
-        return Preview(settings, machine, link, verdict, spec, needs, budget)
+        preview = Preview(settings, machine, link, spec, needs, verdict)
+        if verdict.step == "will not run":
+            return preview
+        return dataclasses.replace(preview, budget_bytes=budget_bytes(settings.vram, needs, preview.free_bytes))
 
     def load(self, settings: Settings) -> None:
-        """Starts to load; returns at once. When it fails, the model from before answers again and a notice says why."""
+        """Starts to load and returns. When that fails, the model from before answers again and a notice says why."""
         with self._lock:
             if self._loader is not None:
                 raise BadSettings("a model is being loaded already; wait for it or cancel it")
             self._notice = None
-            self._cancelled.clear()
             self._progress = Progress("loading", settings.checkpoint)
+            self._load_cancelled.clear()
             self._loader = threading.Thread(target=self._load, args=(settings,), name="load", daemon=True)
             self._loader.start()
 
     def cancel_load(self) -> None:
-        self._cancelled.set()
+        self._load_cancelled.set()
 
-    def wait(self, timeout_s: float | None = None) -> None:
+    def wait(self) -> None:
         """Until no model is being loaded."""
         loader = self._loader
         if loader is not None:
-            loader.join(timeout_s)
+            loader.join()
 
     def reply(
         self, messages: Sequence[Message], temperature: float, top_p: float, max_new_tokens: int
@@ -183,30 +117,32 @@ class State:
         from moepic_core.hf.text import Sampling
 
         engine = self._ready_engine()
-        with self._lock:
-            self._notice = None
-        sampling = Sampling(max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p)
-        prompt = messages if engine.text.has_chat_template else "\n\n".join(message["content"] for message in messages)
-        box: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        prompt: Any = messages if engine.text.has_chat_template else _as_text(messages)
+        pieces: list[str] = []
+        closed = threading.Event()  # the engine forgets a stop that comes before the reply has begun; this does not
 
         def work() -> None:
-            try:
-                for event in engine.generate(prompt, sampling):
-                    if isinstance(event, TokenMade):
-                        box.put(event.text)
-                    elif isinstance(event, EngineNotice):
-                        self.tell("info", event.text)
-                box.put(None)
-            except BaseException as error:  # handed over to whoever reads the answer, and raised there
-                box.put(error)
+            for event in engine.generate(prompt, sampling):
+                if closed.is_set():
+                    return
+                if isinstance(event, TokenMade):
+                    pieces.append(event.text)
+                elif isinstance(event, EngineNotice):
+                    self.tell("info", event.text)
 
-        worker = threading.Thread(target=work, name="reply", daemon=True)
-        worker.start()
-        try:
-            yield from _gathered(box)
-        finally:
-            engine.request_stop()
-            worker.join()
+        num_shown = 0
+        with ThreadPoolExecutor(1, "reply") as thread:
+            working = thread.submit(work)
+            try:
+                while not wait([working], UPDATE_S).done or num_shown < len(pieces):
+                    if num_shown < len(pieces):
+                        num_shown = len(pieces)
+                        yield "".join(pieces[:num_shown])
+                working.result()
+            finally:
+                closed.set()
+                engine.request_stop()
 
     def stop(self) -> None:
         """Ends the running answer within one layer."""
@@ -214,78 +150,80 @@ class State:
         if engine is not None:
             engine.request_stop()
 
-    def reconfigure(self, **changes: object) -> Plan:
+    def reconfigure(self, **changes: Any) -> Plan:
         """Changes budget or strategy of the loaded model, also while it answers. Raises a MoepicError."""
         engine = self._ready_engine()
         plan = engine.reconfigure(**changes)
         with self._lock:
-            self._notice = None
             if engine is self._engine and self._loaded is not None:
-                self._loaded = dataclasses.replace(self._loaded, settings=engine.settings)
+                settings = self._loaded.settings.replace(**changes)
+                self._loaded = dataclasses.replace(self._loaded, settings=settings)
         return plan
 
+    def clear_notice(self) -> None:
+        """What was wrong is not any more, or the user tries something else."""
+        self._notice = None
+
     def close(self) -> None:
-        """Stops what runs and unloads."""
-        self._cancelled.set()
+        """Stops what runs and unloads the model."""
+        self._closed.set()
+        self._load_cancelled.set()
         self.wait()
-        with self._lock:
-            engine, self._engine, self._loaded = self._engine, None, None
-        if engine is not None:
-            engine.close()
+        self._unload()
 
     def _ready_engine(self) -> Engine:
         engine = self._engine
         if engine is None:
-            raise BadSettings("no model is loaded yet; choose a checkpoint and press Load")
+            raise BadSettings("no model is loaded; choose a checkpoint and press Load")
         return engine
 
     def _load(self, settings: Settings) -> None:
-        failure: str | None = "the model could not be loaded for a reason that only the console shows"
+        failure: str | None = "loading failed for a reason of our own; the console shows it"
         try:
             self._replace(settings)
             failure = None
         except Cancelled:
-            failure = f"loading {settings.checkpoint} was cancelled"
+            failure = f"{settings.checkpoint} was not loaded: cancelled"
         except MoepicError as error:
             failure = str(error)
         finally:
+            if failure is not None:
+                self.tell("error", failure)
             with self._lock:
                 self._progress = self._loader = None
                 self._loads += 1
-            if failure is not None:
-                self.tell("error", failure)
 
     def _replace(self, settings: Settings) -> None:
-        """Unloads the old model only when the new one is known to fit, and brings it back if the new one fails."""
-        local = settings.replace(checkpoint=str(self._fetch(settings)))
-        preview = self.preview(local)
-        if preview.verdict is not None and preview.verdict.step == "will not run":
-            raise BadSettings(f"{settings.checkpoint} {preview.verdict.text}")
-        with self._lock:
-            old, before = self._engine, self._loaded
-            self._engine = self._loaded = None
-        if old is not None:
-            old.close()
-        try:
-            self._bring(settings, local, self._cancelled.is_set)
-        except BaseException:
-            if before is not None:
-                self._bring(before.settings, before.settings.replace(checkpoint=before.spec.path), None)
-            raise
-
-    def _fetch(self, settings: Settings) -> str:
-        """The folder of the checkpoint, downloaded if need be."""
+        """Unloads the old model only when the new one looks good; brings it back if the new one fails nevertheless."""
         folder = checkpoints.folder(settings.checkpoint)
         if folder is None:
             folder = finder.resolve(settings.checkpoint, settings.revision, self._counter("downloading", settings))
-        return str(folder)
+        verdict = self.preview(settings).verdict
+        if verdict is not None and verdict.step == "will not run":
+            raise OutOfRoom(f"{settings.checkpoint} {verdict.text}")
+        before = self._unload()
+        try:
+            self._bring(settings, str(folder), self._load_cancelled)
+        except BaseException:
+            if before is not None:
+                self._bring(before.settings, before.spec.path, self._closed)
+            raise
 
-    def _bring(self, settings: Settings, local: Settings, cancelled: Callable[[], bool] | None) -> None:
+    def _unload(self) -> Loaded | None:
+        with self._lock:
+            engine, before = self._engine, self._loaded
+            self._engine = self._loaded = None
+        if engine is not None:
+            engine.close()
+        return before
+
+    def _bring(self, settings: Settings, folder: str, cancelled: threading.Event) -> None:
         from moepic_core.engine import Engine
 
-        engine = Engine.load(local, self._counter("loading", settings), cancelled)
+        local = settings.replace(checkpoint=folder)
+        engine = Engine.load(local, self._counter("loading", settings), cancelled.is_set)
         loaded = Loaded(
-            engine.settings.replace(checkpoint=settings.checkpoint),
+            settings,
             engine.spec,
             engine.machine,
             engine.link,
@@ -297,47 +235,27 @@ class State:
             self._engine, self._loaded = engine, loaded
 
     def _counter(self, kind: Literal["downloading", "loading"], settings: Settings) -> Callable[[int, int], None]:
-        def count(done: int, total: int) -> None:
-            if self._cancelled.is_set() and kind == "downloading":
+        def count(done_bytes: int, total_bytes: int) -> None:
+            if kind == "downloading" and self._load_cancelled.is_set():
                 raise Cancelled("the download was cancelled")
-            self._progress = Progress(kind, settings.checkpoint, done, total)
+            self._progress = Progress(kind, settings.checkpoint, done_bytes, total_bytes)
 
         return count
 
 
-def _gathered(box: queue.SimpleQueue[str | BaseException | None]) -> Iterator[str]:
-    """The text so far, at most once per UPDATE_S, until None ends it. Raises what comes instead of text."""
-    text, shown, shown_s = "", "", 0.0
-    ended = False
-    while not ended:
-        item = box.get()
-        while True:
-            if isinstance(item, BaseException):
-                if text != shown:
-                    yield text
-                raise item
-            if item is None:
-                ended = True
-                break
-            text += item
-            left_s = shown_s + UPDATE_S - time.monotonic()
-            try:
-                item = box.get(timeout=left_s) if left_s > 0 else box.get_nowait()
-            except queue.Empty:
-                break
-        if text != shown:
-            yield text
-            shown, shown_s = text, time.monotonic()
+def is_same_model(one: Settings, other: Settings) -> bool:
+    """Whether changing from `one` to `other` needs no loading."""
+    return all(getattr(one, name) == getattr(other, name) for name in NEED_A_LOAD)
 
 
-def _same_model(one: Settings, other: Settings) -> bool:
-    return all(getattr(one, name) == getattr(other, name) for name in RELOADED)
+def _notes(loaded: Loaded) -> tuple[str, ...]:
+    if loaded.has_chat_template:
+        return loaded.notices
+    return (*loaded.notices, "this checkpoint has no chat template, so it continues your text instead of answering")
 
 
-def _needs_of(settings: Settings, spec: ModelSpec, machine: MachineProfile) -> Needs:
-    from moepic_core.engine import needs_of
-
-    return needs_of(settings, spec, machine)
+def _as_text(messages: Sequence[Message]) -> str:
+    return "\n\n".join(message["content"] for message in messages)
 
 
 def _without(machine: MachineProfile, engine: Engine) -> MachineProfile:

@@ -55,7 +55,6 @@ class PairSum:
         self.top_k_index = top_k_index
         self.pairs = hidden_states.new_zeros((tokens * k, hidden_states.shape[1]), dtype=torch.float32)
         self.k = k
-        self.single = tokens == 1
 
     def add(self, y: Tensor, pair_index: Tensor | int) -> None:
         """Adds y `[t, hidden]` to the pairs at `pair_index` (`[t]`, or one number when there is one token)."""

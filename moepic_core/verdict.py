@@ -18,11 +18,13 @@ class Verdict:
 
 
 def judge(spec: ModelSpec, needs: Needs, machine: MachineProfile, link: str) -> Verdict:
-    """Compares what the model needs with what is free now."""
+    """Compares what the model needs with what is free now. A machine without a GPU has one memory for both tiers."""
     device = format_bytes(machine.device_free_bytes)
     kind = parse_link(link, machine.device).kind
     on_host = 0 if kind == "disk" else spec.expert_bytes
-    free_for_host = machine.host_free_bytes - (0 if machine.device == "cuda" else needs.smallest)
+    shared = machine.device == "cpu"
+    free_for_host = machine.host_free_bytes - (needs.smallest if shared else 0)
+    free_for_all = machine.device_free_bytes - (on_host if shared else 0)
     if needs.smallest > machine.device_free_bytes:
         return Verdict(
             "will not run",
@@ -34,7 +36,7 @@ def judge(spec: ModelSpec, needs: Needs, machine: MachineProfile, link: str) -> 
             f"will not run over this link: its experts need {format_bytes(on_host)} of host memory, "
             f"{format_bytes(max(0, free_for_host))} is free; a CPU device with link 'disk' needs none",
         )
-    if needs.everything <= machine.device_free_bytes:
+    if needs.everything <= free_for_all:
         return Verdict("fits whole", f"fits whole: {format_bytes(needs.everything)} of {device} free")
     return Verdict(
         "fits with offloading",

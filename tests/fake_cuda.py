@@ -16,6 +16,8 @@ from queue import SimpleQueue
 import pytest
 import torch
 
+_PATIENCE_S = 5.0  # a test that never fires an event shall fail, not hang
+
 
 class FakeStream:
     def __init__(self, device: object = None, priority: int = 0) -> None:
@@ -24,7 +26,7 @@ class FakeStream:
         self.thread.start()
 
     def wait_event(self, event: FakeEvent) -> None:
-        self.work.put(event.fired.wait)
+        self.work.put(lambda: event.fired.wait(_PATIENCE_S))
 
     def synchronize(self) -> None:
         event = FakeEvent()

@@ -24,7 +24,7 @@ from moepic_core.transfer.base import FileSource, MemorySource, Source, Transfer
 from moepic_core.transfer.cuda import CudaTransfer
 from moepic_core.transfer.pinning import pin
 from moepic_core.transfer.thread import ThreadTransfer
-from moepic_core.units import ALIGNMENT_BYTES
+from moepic_core.units import ALIGNMENT_BYTES, align
 
 CHUNK_BYTES = 64 << 10
 SLOW_BYTES_PER_S = 64e6
@@ -173,10 +173,12 @@ class Cuda(Link):
         return CudaTransfer(torch.device("cuda"), self.chunk_bytes)
 
     def source(self, data: torch.Tensor) -> Source:
-        pinned = pin(data)
+        memory = Link.buffer(self, align(data.numel()))  # whole pages, because a page cannot be pinned twice
+        memory[: data.numel()] = data
+        pinned = pin(memory)
         assert pinned.error is None, pinned.error
         self.resources.callback(pinned.release)
-        return MemorySource(data)
+        return MemorySource(memory[: data.numel()])
 
     def buffer(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device="cuda")

@@ -180,8 +180,9 @@ class ThreadTransfer:
                 time.sleep(min(left_s, _POLL_S))
         finally:
             with self._lock:
-                was_done = ticket.done
-                self._ledger.finish(chunk, start_s, time.perf_counter(), error)
+                was_done, end_s = ticket.done, time.perf_counter()
+                # A ticket that is dropped before the emulated link has come to it took no time there.
+                self._ledger.finish(chunk, min(start_s, end_s), end_s, error)
                 if ticket.done and not was_done:
                     ticket.latch.release()
                 if ticket.settled:

@@ -1,0 +1,205 @@
+"""From what is true to what is read: looks and previews in, words and numbers out, ready for JSON. Pure.
+
+The page's script only puts these texts into place, so every word on a live panel and every rounding is decided here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from moepic_core.links import Link
+from moepic_core.metrics import METRICS, Figures, Reply
+from moepic_core.spec import ModelSpec, Plan
+from moepic_core.units import format_bytes
+
+from . import demo_checkpoint
+from .nouns import Look, Preview
+
+UNKNOWN = "–"
+GB = 1e9
+
+
+class Figure(NamedTuple):
+    """One number of the line of live figures."""
+
+    key: str
+    label: str
+    metric: str  # its row in METRICS, whose definition the page shows as a tooltip
+    text: Callable[[Reply, Figures], str]
+
+    @property
+    def definition(self) -> str:
+        return next(metric.definition for metric in METRICS if metric.name == self.metric)
+
+
+FIGURES = (
+    Figure("speed", "Speed", "tokens_per_s", lambda reply, _: _number(reply.tokens_per_s, "{:.1f} tokens/s")),
+    Figure("first", "First token", "ttft_s", lambda reply, _: _number(reply.ttft_s, "{:.2f} s")),
+    Figure("hits", "Hits", "hit_rate", lambda _, figures: _percent(figures.hit_rate)),
+    Figure("partial", "Partial hits", "partial_hit_rate", lambda _, figures: _percent(figures.partial_hit_rate)),
+    Figure("misses", "Misses", "miss_rate", lambda _, figures: _percent(figures.miss_rate)),
+    Figure("overlap", "Overlap", "overlap", lambda _, figures: _percent(figures.overlap)),
+    Figure("stall", "Stall", "stall_s", lambda _, figures: f"{figures.stall_s:.2f} s" if figures.uses else UNKNOWN),
+)
+MEMORY = {  # kinds of MemoryPlan in the order of the bar
+    "resident": "Weights outside experts",
+    "kv": "KV cache",
+    "workspace": "Workspace",
+    "staging": "Staging",
+    "cache": "Expert cache",
+}
+
+
+def live(look: Look) -> dict[str, Any]:
+    """What the script asks for twice a second."""
+    reply = look.snapshot.reply if look.snapshot else None
+    decode = look.snapshot.last_reply.decode.total if look.snapshot else None
+    return {
+        "loads": look.loads,
+        "status": status(look),
+        "busy": look.snapshot is not None and look.snapshot.phase in ("prefill", "decode"),
+        "progress": progress(look),
+        "figures": {
+            figure.key: UNKNOWN if reply is None or decode is None else figure.text(reply, decode) for figure in FIGURES
+        },
+        "link": look.loaded.link.label if look.loaded and look.loaded.link.kind == "emulated" else None,
+        "warning": demo_checkpoint.WARNING if _is_demo(look) else None,
+        "notice": {"number": look.notice.number, "kind": look.notice.kind, "text": look.notice.text}
+        if look.notice
+        else None,
+    }
+
+
+def status(look: Look) -> str:
+    """What is going on, in a few words."""
+    if look.progress is not None:
+        share = progress(look)["share"] or 0.0
+        return f"{look.progress.kind} {share:.0%}" if look.progress.total_bytes else f"{look.progress.kind} …"
+    if look.loaded is None or look.snapshot is None:
+        return "no model"
+    phase, reply = look.snapshot.phase, look.snapshot.reply
+    if phase == "prefill" and reply is not None and reply.prefill_progress is not None:
+        return f"reading the prompt {reply.prefill_progress:.0%}"
+    return {"idle": "ready", "prefill": "reading the prompt", "decode": "answering"}.get(phase, phase)
+
+
+def progress(look: Look) -> dict[str, Any]:
+    """How far the model on its way has come; `share` is None while nobody knows, and `text` empty when there is none."""
+    if look.progress is None:
+        return {"text": "", "share": None}
+    name = look.progress.name.rstrip("/").rpartition("/")[2]
+    if not look.progress.total_bytes:
+        return {"text": f"{look.progress.kind} {name}", "share": None}
+    done, total = look.progress.done_bytes, look.progress.total_bytes
+    text = f"{look.progress.kind} {name}: {format_bytes(done)} of {format_bytes(total)}"
+    return {"text": text, "share": min(1.0, done / total)}
+
+
+def model_card(preview: Preview) -> dict[str, Any]:
+    """Verdict and facts about the chosen checkpoint."""
+    machine, spec = preview.machine, preview.spec
+    memory = "RAM" if machine.device == "cpu" else "VRAM"
+    free = f"{format_bytes(machine.device_free_bytes)} of {format_bytes(machine.device_total_bytes)} {memory} free"
+    facts = [("Device", f"{machine.device_name}, {free}"), ("Link", link_words(preview.link))]
+    if spec is None or preview.verdict is None:
+        return {"step": "download", "verdict": "not on this machine yet; Load downloads it first", "facts": facts, "notes": []}
+    notes = list(preview.notes)
+    if preview.settings.checkpoint == demo_checkpoint.NAME:
+        notes.insert(0, demo_checkpoint.WARNING)
+    return {
+        "step": preview.verdict.step,
+        "verdict": preview.verdict.text,
+        "facts": [("Model", geometry(spec)), ("Size", size(spec)), *facts],
+        "notes": notes,
+    }
+
+
+def problem_card(text: str) -> dict[str, Any]:
+    """In the place of `model_card` when a checkpoint cannot be used at all."""
+    return {"step": "will not run", "verdict": f"will not run: {text}", "facts": [], "notes": []}
+
+
+def geometry(spec: ModelSpec) -> str:
+    experts = sorted({layer.num_experts for layer in spec.moe_layers})
+    count = str(experts[0]) if len(experts) == 1 else f"{experts[0]} to {experts[-1]}"
+    return f"{spec.model_type}, {len(spec.moe_layers)} layers of {count} experts, {spec.top_k} per token"
+
+
+def size(spec: ModelSpec) -> str:
+    whole, active = _parameters(spec.num_parameters), _parameters(spec.active_parameters)
+    return f"{whole} parameters, {active} per token, {format_bytes(spec.file_bytes)} in {spec.dtype}"
+
+
+def link_words(link: Link) -> str:
+    return "disk, read into RAM" if link.kind == "disk" else link.label
+
+
+@dataclass(frozen=True)
+class BudgetRange:
+    """The slider's numbers, in GB."""
+
+    minimum: float
+    maximum: float
+    step: float
+    value: float
+
+
+def budget_range(preview: Preview) -> BudgetRange | None:
+    """From the least that works to everything, or to what is free; None when no budget works."""
+    if preview.needs is None or preview.budget_bytes is None:
+        return None
+    low, high = preview.needs.smallest, min(preview.needs.everything, preview.free_bytes)
+    high = max(high, preview.budget_bytes, low + 1000)
+    decimals = max(1, 2 - math.floor(math.log10((high - low) / GB)))  # at least 100 steps, at most 1000
+
+    def up(nbytes: int) -> float:
+        return math.ceil(nbytes / GB * 10**decimals) / 10**decimals
+
+    return BudgetRange(up(low), up(high), 10.0**-decimals, up(preview.budget_bytes))
+
+
+def to_bytes(gigabytes: float) -> int:
+    return round(gigabytes * GB)
+
+
+def budget_card(preview: Preview, budget: int) -> dict[str, Any]:
+    """The memory bar for `budget`, what it buys, and whether it is in force already."""
+    assert preview.needs is not None, preview.settings.checkpoint
+    return _memory(preview.plan(budget), max(preview.needs.everything, budget), preview)
+
+
+def _memory(plan: Plan, width: int, preview: Preview) -> dict[str, Any]:
+    memory = plan.memory
+    parts = [(kind, label, getattr(memory, kind)) for kind, label in MEMORY.items()]
+    parts.append(("left", "Left over", memory.budget - memory.used))
+    in_force = preview.loaded and memory.budget == preview.budget_bytes
+    return {
+        "parts": [
+            {"kind": kind, "label": label, "text": format_bytes(nbytes), "share": nbytes / width}
+            for kind, label, nbytes in parts
+        ],
+        "budget": format_bytes(memory.budget),
+        "everything": format_bytes(width),
+        "share": memory.budget / width,
+        "reason": plan.reason,
+        "state": "in use" if in_force else "release to apply" if preview.loaded else "used when you load",
+    }
+
+
+def _is_demo(look: Look) -> bool:
+    return look.loaded is not None and look.loaded.settings.checkpoint == demo_checkpoint.NAME
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+
+
+def _number(value: float | None, template: str) -> str:
+    return UNKNOWN if value is None else template.format(value)
+
+
+def _percent(share: float | None) -> str:
+    return UNKNOWN if share is None else f"{100 * share:.0f} %"
