@@ -56,6 +56,8 @@ def demo_checkpoint() -> Path:
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
         except OSError as error:
+            if (folder / "config.json").is_file():  # another process was faster
+                return folder
             raise OutOfRoom(
                 f"the demo checkpoint cannot be written to {folder.parent} ({error.strerror}); give a --checkpoint, or set "
                 "MOEPIC_HOME to a folder with 100 MB of room"
@@ -119,11 +121,13 @@ def _weights(vocabulary: dict[str, int]) -> dict[str, Tensor]:
         values[0] = 0
         return values
 
-    words = {f"Ġ{word}" for word in WORDS.split()} | {END}
+    words = {f"Ġ{word}" for word in WORDS.split()}
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    likelihood = [0.0 if token in words else -1.5 if token == END else -16.0 for token in tokens]
     embedding = random(len(vocabulary), HIDDEN, math.sqrt(HIDDEN))
     embedding[:, 0] = 4.0
     head = random(len(vocabulary), HIDDEN, 2.0)
-    head[:, 0] = torch.tensor([0.0 if token in words else -16.0 for token in sorted(vocabulary, key=vocabulary.__getitem__)])
+    head[:, 0] = torch.tensor(likelihood)
     weights = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": torch.ones(HIDDEN)}
     for number in range(LAYERS):
         router = random(EXPERTS, HIDDEN, 1.5)

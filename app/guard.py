@@ -66,7 +66,9 @@ class Guard:
         if self.login is not None:
             given = headers.get("authorization", "")
             if not secrets.compare_digest(given.encode(), self.login.encode()):
-                return PlainTextResponse("log in first", 401, {"WWW-Authenticate": 'Basic realm="MoEpic", charset="UTF-8"'})
+                return PlainTextResponse(
+                    "log in first", 401, {"WWW-Authenticate": 'Basic realm="MoEpic", charset="UTF-8"'}
+                )
         return None
 
 

@@ -26,7 +26,7 @@ from .theme import theme
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SERVED = ("page.js", "page.css", "favicon.svg")
-HEAD = '<link rel="stylesheet" href="ui/page.css">'
+HEAD = '<link rel="stylesheet" href="ui/page.css"><script src="ui/page.js"></script>'
 
 
 def serve(
@@ -45,16 +45,20 @@ def serve(
     try:
         settings = first_settings(checkpoint, vram=vram, device=device, link=link, strategy=strategy)
         state = State(settings)
-        state.preview(settings)
-        state.load(settings)
+        state.check(settings)
     except MoepicError as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return 2
     if settings.checkpoint == demo_checkpoint.NAME:
         print(f"No checkpoint was named, so this is a small one with {demo_checkpoint.WARNING}.")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def up(address: str) -> None:
+        ready(address)
+        state.load(settings)  # not sooner: importing the engine would slow the page's own start
+
     try:
-        Server(build_app(state, host, auth), host, port, ready).run()
+        Server(build_app(state, host, auth), host, port, up).run()
     except KeyboardInterrupt:
         print("\nEnding ...")
     finally:
@@ -75,9 +79,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, host: str, port: int, ready: Callable[[str], None]) -> None:
         # Open pages hold a connection for as long as they live, so waiting for them to end it would be for ever.
-        super().__init__(
-            uvicorn.Config(app, host.strip("[]"), port, log_level="warning", timeout_graceful_shutdown=1)
-        )
+        super().__init__(uvicorn.Config(app, host.strip("[]"), port, log_level="warning", timeout_graceful_shutdown=1))
         name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
         self._address = f"http://{name}:{port}"
         self._ready = ready
@@ -89,7 +91,7 @@ class Server(uvicorn.Server):
 
 def build_app(state: State, host: str = "127.0.0.1", auth: tuple[str, str] | None = None) -> FastAPI:
     """The whole server: guard, our own routes, Gradio's page."""
-    hosts = LOOPBACK_HOSTS if host in LOOPBACK_HOSTS or host.startswith("127.") else None
+    hosts = None if auth else (*LOOPBACK_HOSTS, host.strip("[]"))  # who has to log in may come by any name
     app = FastAPI(openapi_url=None, middleware=[Middleware(Guard, hosts=hosts, login=auth)])
 
     @app.get("/ui/live")

@@ -23,6 +23,7 @@ from moepic_core.events import TokenMade
 from moepic_core.links import parse_link
 from moepic_core.planner import budget_bytes
 from moepic_core.spec import MachineProfile, Plan, Settings
+from moepic_core.units import parse_bytes
 from moepic_core.verdict import judge
 
 from . import checkpoints
@@ -64,6 +65,15 @@ class State:
         with self._lock:
             self._num_notices += 1
             self._notice = Notice(self._num_notices, kind, text)
+
+    def check(self, settings: Settings) -> None:
+        """Raises a MoepicError for what cannot work, as far as a glance shows it: names, units, headers."""
+        parse_link(settings.link, probe(settings.device).device)
+        if not str(settings.vram).endswith(("auto", "%")):
+            parse_bytes(settings.vram)
+        folder = checkpoints.folder(settings.checkpoint)
+        if folder is not None:
+            read_spec(folder, settings.dtype)
 
     def preview(self, settings: Settings) -> Preview:
         """What `settings` would need here; loads nothing. Raises a MoepicError when they cannot work at all."""

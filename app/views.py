@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from moepic_core.links import Link
 from moepic_core.metrics import METRICS, Figures, Reply
 from moepic_core.spec import ModelSpec, Plan
 from moepic_core.units import format_bytes
@@ -103,11 +102,16 @@ def model_card(preview: Preview) -> dict[str, Any]:
     machine, spec = preview.machine, preview.spec
     memory = "RAM" if machine.device == "cpu" else "VRAM"
     free = f"{format_bytes(machine.device_free_bytes)} of {format_bytes(machine.device_total_bytes)} {memory} free"
-    facts = [("Device", f"{machine.device_name}, {free}"), ("Link", link_words(preview.link))]
+    facts = [("Device", f"{machine.device_name}, {free}")]
     if spec is None or preview.verdict is None:
-        return {"step": "download", "verdict": "not on this machine yet; Load downloads it first", "facts": facts, "notes": []}
+        return {
+            "step": "download",
+            "verdict": "not on this machine yet; Load downloads it first",
+            "facts": facts,
+            "notes": [],
+        }
     notes = list(preview.notes)
-    if preview.settings.checkpoint == demo_checkpoint.NAME:
+    if preview.settings.checkpoint == demo_checkpoint.NAME and not preview.loaded:
         notes.insert(0, demo_checkpoint.WARNING)
     return {
         "step": preview.verdict.step,
@@ -131,10 +135,6 @@ def geometry(spec: ModelSpec) -> str:
 def size(spec: ModelSpec) -> str:
     whole, active = _parameters(spec.num_parameters), _parameters(spec.active_parameters)
     return f"{whole} parameters, {active} per token, {format_bytes(spec.file_bytes)} in {spec.dtype}"
-
-
-def link_words(link: Link) -> str:
-    return "disk, read into RAM" if link.kind == "disk" else link.label
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 `python -m benchmarks.decode CHECKPOINT [--device cpu|cuda] [--link …] [--vram 25% 50% 100%] [--strategies …]
 [--transformers eager grouped_mm …] [--rounds 5]`. Greedy, 32 prompt tokens, 64 new ones, from the second token on. All
-variants live in one process and take turns; one loaded engine changes its budget between them, and each turn begins with a
-reply that is not counted, so that caches are warm. The floor beside each figure is what the bytes alone would take:
-max(missing bytes / link, resident bytes / memory bandwidth), both bandwidths measured in the same run. The last line is one
-JSON object.
+variants live in one process and take turns; one loaded engine changes its budget between them, and each turn begins
+with a reply that is not counted, so that caches are warm. The floor beside each figure is what the bytes alone would
+take: max(missing bytes / link, resident bytes / memory bandwidth), both bandwidths measured in the same run. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -148,9 +148,11 @@ def _memory_bytes_per_s(device: torch.device) -> float:
 
 
 def _line(row: dict[str, Any]) -> str:
-    line = f"{row['variant']:28} {row['tokens_per_s']:7.2f} tokens/s  ({row['min_s'] * 1e3:.1f}–{row['max_s'] * 1e3:.1f} ms)"
+    line = f"{row['variant']:28} {row['tokens_per_s']:7.2f} tokens/s"
+    line += f"  ({row['min_s'] * 1e3:.1f}–{row['max_s'] * 1e3:.1f} ms)"
     if "floor_s" in row:
-        line += f"  hits {row['hit_rate']:.0%} partial {row['partial_hit_rate']:.0%}  {row['bytes_per_token'] / 1e6:.0f} MB/token"
+        line += f"  hits {row['hit_rate']:.0%} partial {row['partial_hit_rate']:.0%}"
+        line += f"  {row['bytes_per_token'] / 1e6:.0f} MB/token"
         line += f"  link {row['link_bytes_per_s'] / 1e9:.2f} GB/s  {row['times_floor']:.2f} × floor"
     return line
 

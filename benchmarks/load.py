@@ -1,8 +1,8 @@
 """Time and peak memory of loading a checkpoint, against reading the files once and converting them with plain torch.
 
-`python -m benchmarks.load CHECKPOINT [--link pcie4x16|disk] [--rounds 3] [--packed-dir DIR]`. Every load runs in a process
-of its own, because peak memory is a property of a process; the two kinds take turns. The page cache is dropped for the
-checkpoint before each load where the system lets us. The last line is one JSON object.
+`python -m benchmarks.load CHECKPOINT [--link pcie4x16|disk] [--rounds 3] [--packed-dir DIR]`. Every load runs in a
+process of its own, because peak memory is a property of a process; the two kinds take turns. The page cache is dropped
+for the checkpoint before each load where the system lets us. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _plain(checkpoint: Path) -> dict[str, float]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a mapping
                 tensor = file.get_tensor(name)
-                is_down = tensor.dim() > 1 and "expert" in name and "down" in name or ".w2." in name
+                is_down = (tensor.dim() > 1 and "expert" in name and "down" in name) or ".w2." in name
                 kept.append(tensor.transpose(-1, -2).contiguous() if is_down else tensor.clone())
     return {"seconds": time.perf_counter() - start, "peak_bytes": _peak(), "before_bytes": before}
 

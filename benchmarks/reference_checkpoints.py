@@ -1,9 +1,9 @@
 """The checkpoints that benchmarks run on: random weights, the shapes of real models, written in the hub's format.
 
-`python -m benchmarks.reference_checkpoints a|b|c FOLDER`. A is Mixtral-like (few large experts), B Qwen3-MoE-like (many
-small ones), about 2 GB each; C has Qwen3-30B-A3B's layers, eight of its 48, about 10 GB, for GPUs. Embeddings have unit
-variance: with the usual 0.02 the routing of a random model collapses. Random weights route almost uniformly, which is the
-hardest case for a cache: hit rates measured here are no forecast for real text.
+`python -m benchmarks.reference_checkpoints a|b|c FOLDER`. A is Mixtral-like (few large experts), B Qwen3-MoE-like
+(many small ones), about 2 GB each; C has Qwen3-30B-A3B's layers, eight of its 48, about 10 GB, for GPUs. Embeddings
+have unit variance: with the usual 0.02 the routing of a random model collapses. Random weights route almost uniformly,
+which is the hardest case for a cache: hit rates measured here are no forecast for real text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ CONFIGS: dict[str, Any] = {
 
 
 def make(name: str, folder: Path, device: str = "cpu") -> Path:
-    """Writes reference checkpoint `name` in bfloat16 to `folder` unless it is there; the same bytes for the same device."""
+    """Writes reference checkpoint `name` in bfloat16 to `folder` unless it is there; the same bytes for the same
+    device.
+    """
     if (folder / "config.json").exists():
         return folder
     torch.manual_seed(0)

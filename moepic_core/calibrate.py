@@ -14,8 +14,6 @@ import torch
 from .errors import BadSettings
 from .spec import MachineProfile
 
-HEADROOM = 0.9  # part of the free memory that `auto` takes: a device filled to the brim slows down or fails
-
 
 def probe(device: str = "auto") -> MachineProfile:
     """The machine as it is now. `auto` takes CUDA where there is a device. Raises BadSettings for an absent one."""

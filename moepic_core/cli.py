@@ -53,8 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
         _add_settings(command)
         command.set_defaults(run=run)
     for command in (generate, bench):
-        command.add_argument("--prompt", help="text to continue")
-        command.add_argument("--prompt-ids-file", type=Path, help="JSON list of token ids to continue, instead of text")
+        prompt = command.add_mutually_exclusive_group()
+        prompt.add_argument("--prompt", help="text to continue")
+        prompt.add_argument("--prompt-ids-file", type=Path, help="JSON list of token ids to continue, instead of text")
         command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
         command.add_argument("--replies", type=_count, default=1 if command is generate else 3, metavar="N",
                              help="answer the same prompt N times; the first starts with a cold cache")  # fmt: skip
@@ -144,10 +145,11 @@ def _inspection(spec: ModelSpec, machine: MachineProfile) -> list[str]:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    prompt, sampling = _prompt(options), _sampling(options)
+    settings, prompt = _settings(options), _prompt(options)
     if prompt is None:
         raise BadSettings("nothing to answer; give --prompt TEXT or --prompt-ids-file FILE")
-    with _loaded(options) as engine:
+    sampling = _sampling(options)
+    with _loaded(settings) as engine:
         show = None if options.json else _show
         replies = [_reply(engine, prompt, sampling, show) for _ in range(options.replies)]
         if options.json:
@@ -160,8 +162,8 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     options.ignore_eos = True
-    prompt, sampling = _prompt(options), _sampling(options)
-    with _loaded(options) as engine:
+    settings, prompt, sampling = _settings(options), _prompt(options), _sampling(options)
+    with _loaded(settings) as engine:
         if prompt is None:
             prompt = [(7919 * place) % engine.spec.vocab_size for place in range(1, 33)]
         replies = []
@@ -179,7 +181,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _loaded(options: argparse.Namespace) -> Iterator[Engine]:
+def _loaded(settings: Settings) -> Iterator[Engine]:
     """The engine; while it is open, the first Ctrl-C ends the reply and the second one the program."""
     from .engine import Engine
 
@@ -187,7 +189,7 @@ def _loaded(options: argparse.Namespace) -> Iterator[Engine]:
         signal.signal(signal.SIGINT, before)
         engine.request_stop()
 
-    with Engine.load(_settings(options), _progress if sys.stderr.isatty() else None) as engine:
+    with Engine.load(settings, _progress if sys.stderr.isatty() else None) as engine:
         before = signal.signal(signal.SIGINT, stop)
         try:
             yield engine

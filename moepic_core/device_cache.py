@@ -1,8 +1,8 @@
 """Slots for the tops of hot experts, layer by layer: what is on the device, and in which state.
 
 A slot is room for one top segment of its layer. `free → arriving → ready ⇄ in use → free`; the residency drives the
-transitions, the eviction policy chooses who leaves. Forgetting an expert copies nothing back: the host store is complete.
-Never starts a copy from the host, never decides.
+transitions, the eviction policy chooses who leaves. Forgetting an expert copies nothing back: the host store is
+complete. Never starts a copy from the host, never decides.
 """
 
 from __future__ import annotations
@@ -160,4 +160,4 @@ class LayerCache:
         self.slots.append(new)
         self.claim(new, expert)
         self.arrived(new)
-        self.release(new, old.fence)
+        self.release(new, None)

@@ -1,8 +1,8 @@
 """The whole: loads a checkpoint under a budget, generates, changes its budget while it does, and says what happened.
 
 The composition root; nothing below imports it. One generation runs at a time. Compute holds the turn (a lock) for one
-forward pass and gives it back at each event, so every event is a token boundary: whoever calls `reconfigure` or `close` from
-another thread waits for at most one pass.
+forward pass and gives it back at each event, so every event is a token boundary: whoever calls `reconfigure` or
+`close` from another thread waits for at most one pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .arena import Arena, is_out_of_memory
-from .calibrate import HEADROOM, probe
+from .calibrate import probe
 from .checkpoint import read_spec
 from .errors import BadSettings, Cancelled, MoepicError, OutOfRoom
 from .events import Done, Event, FinishReason, Notice, PromptRead, TokenMade
@@ -33,7 +33,7 @@ from .host_store import DiskStore, HostStore, RamStore, default_packed_folder
 from .lazy_tensors import LazyTensors
 from .links import Link, parse_link
 from .metrics import Snapshot
-from .planner import Needs, budget_bytes, uniform_plan
+from .planner import HEADROOM, Needs, budget_bytes, uniform_plan
 from .residency import Residency
 from .shards import read_tensors
 from .spec import DeviceKind, MachineProfile, ModelSpec, Plan, Settings
@@ -105,7 +105,7 @@ class Engine:
 
         store: HostStore
         if link.kind == "disk":
-            store = DiskStore(spec, dtype, Path(settings.packed_dir or default_packed_folder()))
+            store = DiskStore(spec, dtype, Path(settings.packed_dir or default_packed_folder()).expanduser())
         else:
             store = RamStore(spec, dtype, pinned=link.kind == "bus")
         try:
@@ -141,7 +141,7 @@ class Engine:
             settings = settings.replace(prefill_chunk=context)
         workspace = workspace_bytes(settings, spec, context, machine.device)
         needs = Needs(spec.moe_layers, spec.top_k, hf.resident_bytes(), found.kv_bytes, workspace)
-        budget = budget_bytes(settings.vram, needs, int(machine.device_free_bytes * HEADROOM))
+        budget = budget_bytes(settings.vram, needs, _free_for_budget(machine, link, spec))
         plan = uniform_plan(settings, needs, budget)
         arena = Arena(device, budget)
         for kind, nbytes in (("resident", needs.resident), ("kv", needs.kv), ("workspace", needs.workspace)):
@@ -156,8 +156,8 @@ class Engine:
             notices.append(f"{spec.architecture}: no router was found beside some experts, so those are not prefetched")
         if not found.continues:
             notices.append(
-                f"{spec.architecture} cannot continue a prompt in Transformers: prompts run in one pass, and every turn "
-                f"reads the whole conversation again"
+                f"{spec.architecture} cannot continue a prompt in Transformers: prompts run in one pass, and every "
+                f"turn reads the whole conversation again"
             )
         engine = cls(settings, spec, machine, link, hf, text, residency, needs, notices)
         engine._stop = stop
@@ -187,7 +187,7 @@ class Engine:
             return self.text.encode(prompt)
         if prompt and isinstance(prompt[0], Mapping):
             messages: Any = prompt
-            return self.text.encode_chat(messages, continue_last=prompt[-1]["role"] == "assistant")  # type: ignore[call-overload,index]
+            return self.text.encode_chat(messages, continue_last=prompt[-1]["role"] == "assistant")  # type: ignore[index]
         ids = [int(token) for token in prompt]  # type: ignore[arg-type]
         wrong = next((token for token in ids if not 0 <= token < self.spec.vocab_size), None)
         if wrong is not None:
@@ -228,11 +228,13 @@ class Engine:
         fixed = [name for name in changes if name not in LIVE_SETTINGS]
         settings = self.settings.replace(**changes)
         if fixed:
-            raise BadSettings(f"'{fixed[0]}' cannot change while loaded; allowed: {', '.join(LIVE_SETTINGS)}; load again")
+            raise BadSettings(
+                f"'{fixed[0]}' cannot change while loaded; allowed: {', '.join(LIVE_SETTINGS)}; load again"
+            )
         with self._turn:
             self._ensure_open()
-            free = probe(self.machine.device).device_free_bytes + self.residency.arena.used_bytes
-            plan = uniform_plan(settings, self.needs, budget_bytes(settings.vram, self.needs, int(free * HEADROOM)))
+            budget = budget_bytes(settings.vram, self.needs, _free_for_budget(self.machine, self.link, self.spec))
+            plan = uniform_plan(settings, self.needs, budget)
             self._apply(plan)
             self.settings = settings
             return self.plan
@@ -262,7 +264,9 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _reply(self, ids: list[int], sampling: Sampling) -> Iterator[Event]:
@@ -348,7 +352,7 @@ class Engine:
                 if not is_out_of_memory(error):
                     raise
                 raise OutOfRoom(
-                    f"memory ran out twice, although the budget was lowered to {format_bytes(self.plan.memory.budget)}; "
+                    f"memory ran out twice, although the budget is down to {format_bytes(self.plan.memory.budget)}; "
                     f"lower vram or context_length ({self.context_length}), or close other programs"
                 ) from error
 
@@ -372,8 +376,8 @@ class Engine:
         if self.machine.device == "cuda":
             torch.cuda.empty_cache()
         return (
-            f"memory ran out, so the budget went from {format_bytes(old.budget)} to {format_bytes(budget)} and the reply "
-            f"went on; set vram to {format_bytes(budget)} or lower to avoid this"
+            f"memory ran out, so the budget went from {format_bytes(old.budget)} to {format_bytes(budget)} and the "
+            f"reply went on; set vram to {format_bytes(budget)} or lower to avoid this"
         )
 
     def _apply(self, plan: Plan) -> None:
@@ -427,13 +431,20 @@ def workspace_bytes(settings: Settings, spec: ModelSpec, context: int, device: D
 
 def _enough_memory(settings: Settings, spec: ModelSpec, machine: MachineProfile, link: Link) -> None:
     """Refuses early, from headers alone, what cannot work: a budget below the smallest, host memory for the store."""
-    needs = needs_of(settings, spec, machine)
-    budget_bytes(settings.vram, needs, int(machine.device_free_bytes * HEADROOM))
+    budget_bytes(settings.vram, needs_of(settings, spec, machine), _free_for_budget(machine, link, spec))
     if link.kind != "disk" and spec.expert_bytes > machine.host_free_bytes:
         raise OutOfRoom(
-            f"the experts need {format_bytes(spec.expert_bytes)} of host memory and {format_bytes(machine.host_free_bytes)} "
-            f"is free; use link 'disk' (device cpu), close other programs or choose a smaller checkpoint"
+            f"the experts need {format_bytes(spec.expert_bytes)} of host memory and "
+            f"{format_bytes(machine.host_free_bytes)} is free; use link 'disk' (device cpu), close other programs or choose a smaller checkpoint"
         )
+
+
+def _free_for_budget(machine: MachineProfile, link: Link, spec: ModelSpec) -> int:
+    """Bytes that budget `auto` may take: what was free before loading, less headroom, less the copy in the same
+    memory.
+    """
+    copy = spec.expert_bytes if link.kind == "emulated" else 0
+    return max(0, int(machine.device_free_bytes * HEADROOM) - copy)
 
 
 def _transfer(link: Link, device: torch.device) -> Transfer:

@@ -1,7 +1,7 @@
 """Every failure that a user or a machine can cause, one short sentence each.
 
-A message says what is wrong, what was found, what is allowed and what to do. Our own mistakes are assertions, not these.
-The CLI prints the message on one line and exits with 2; the page shows it and keeps conversation and settings.
+A message says what is wrong, what was found, what is allowed and what to do. Our own mistakes are assertions, not
+these. The CLI prints the message on one line and exits with 2; the page shows it and keeps conversation and settings.
 """
 
 from __future__ import annotations
@@ -35,6 +35,6 @@ class Cancelled(MoepicError):
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """`, did you mean 'x'?` for the closest allowed word, or an empty string when none is close."""
+    """`, did you mean 'x'?` for the closest allowed word, or the full stop of the sentence when none is close."""
     matches = difflib.get_close_matches(word, list(allowed), n=1)
-    return f", did you mean '{matches[0]}'?" if matches else ""
+    return f", did you mean '{matches[0]}'?" if matches else "."

@@ -1,4 +1,6 @@
-"""What a generation reports while it runs. Frozen; the command line and the page read these and nothing else of a reply."""
+"""What a generation reports while it runs. Frozen; the command line and the page read these and nothing else of a
+reply.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from .spec import STRATEGIES, LayerPlan, MemoryPlan, MoeLayer, Plan, Settings
 from .units import format_bytes, parse_bytes
 
 DEFAULT_SPLIT = 0.4  # best uniform ratio in the paper's preliminary study (Qwen1.5-MoE)
+HEADROOM = 0.9  # part of the free memory that budgets may take: a device filled to the brim slows down or fails
 SMALLEST_STAGING = 2  # records: one is computed with while the next arrives
 
 

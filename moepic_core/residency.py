@@ -1,16 +1,16 @@
 """The heart: brings a layer's experts to where they are computed, and decides what stays.
 
-The only place where cache, host store, transfer, eviction, predictor and telemetry meet. The adapter opens a `Step` for each
-MoE layer, asks for a prefetch of the next, and computes the pieces that the step hands out in the order of readiness:
-resident segments first, then each arriving segment as its ticket completes. All state changes happen on the compute thread.
-Does no arithmetic on weights and knows no stream, thread or file.
+The only place where cache, host store, transfer, eviction, predictor and telemetry meet. The adapter opens a `Step`
+for each MoE layer, asks for a prefetch of the next, and computes the pieces that the step hands out in the order of
+readiness: resident segments first, then each arriving segment as its ticket completes. All state changes happen on the
+compute thread. Does no arithmetic on weights and knows no stream, thread or file.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
@@ -39,6 +39,14 @@ class Piece(NamedTuple):
     expert: int
     start_row: int
     weights: Tensor  # [rows, matrices, hidden]
+
+
+class Tag(NamedTuple):
+    """What a transfer carries; comes back with its times."""
+
+    layer: int
+    expert: int
+    part: Part
 
 
 class Residency:
@@ -81,8 +89,16 @@ class Residency:
             cache.shrink(share.slots, share.top_rows, policy.ranking(self.token))
         self.arena.budget_bytes = plan.memory.budget
         self.staging.resize(plan.staging_records, max(record_stride(layer) for layer in self.layers))
-        for cache, share in zip(self.caches, plan.layers, strict=True):
-            cache.grow(share.slots)
+        try:
+            for cache, share in zip(self.caches, plan.layers, strict=True):
+                cache.grow(share.slots)
+        finally:
+            # The memory of new buffers may have served computations that are still under way on the device.
+            fence = self.transfer.fence()
+            for buffer in self.staging.free:
+                buffer.fence = buffer.fence or fence
+            for slot in (slot for cache in self.caches for slot in cache.slots):
+                slot.fence = slot.fence or fence
 
     def begin_pass(self, tokens: int) -> None:
         """A forward pass over `tokens` new tokens starts. One token is decoding, more are prefill."""
@@ -105,17 +121,15 @@ class Residency:
         last = self.token + self._pass_tokens - 1
         for event in self.transfer.drain_events():
             kind = EventKind.DEMAND if event.priority is Priority.DEMAND else EventKind.PREFETCH
-            layer, expert, part = event.tag  # type: ignore[misc]  # the tag that `_submit` gave
-            self.telemetry.event(kind, layer, expert, part, event.start_s, event.end_s, event.nbytes, last)
+            assert isinstance(event.tag, Tag), event.tag
+            self.telemetry.event(kind, *event.tag, event.start_s, event.end_s, event.nbytes, last)
         return last
 
     def computed(self, layer: int, piece: Piece, start_s: float) -> None:
         """The adapter computed `piece` from `start_s` until now."""
         whole = self.layers[layer].neurons == piece.weights.shape[0]
         part = Part.WHOLE if whole else Part.TOP if piece.start_row == 0 else Part.BOTTOM
-        self.telemetry.event(
-            EventKind.COMPUTE, layer, piece.expert, part, start_s, time.perf_counter(), 0, self.token
-        )
+        self.telemetry.event(EventKind.COMPUTE, layer, piece.expert, part, start_s, time.perf_counter(), 0, self.token)
 
     def prefetch(self, layer: int, ranked: Sequence[int]) -> None:
         """Queues guesses for `layer`, the next to run, best first. They never delay a demand."""
@@ -145,7 +159,9 @@ class Residency:
         geometry, top = self.layers[buffer.layer], self.caches[buffer.layer].top
         sent = 0  # bytes of the record that the top carries already
         if with_top and top is not None:
-            buffer.top = self._submit(buffer, top, Part.TOP if top.stop_row < geometry.neurons else Part.WHOLE, priority)
+            buffer.top = self._submit(
+                buffer, top, Part.TOP if top.stop_row < geometry.neurons else Part.WHOLE, priority
+            )
             sent = top.stop
         rows = 0 if top is None else top.stop_row
         if rows < geometry.neurons and sent < record_stride(geometry):
@@ -158,10 +174,10 @@ class Residency:
         top = self.caches[layer].top
         assert top is not None
         source = self.store.source(layer, slot.expert, top)
-        tag = (layer, slot.expert, Part.TOP)
+        tag = Tag(layer, slot.expert, Part.TOP)
         return self.transfer.submit(source, slot.buffer, Priority.DEMAND, tag=tag, after=slot.fence)
 
-    def room_for_top(self, layer: int, expert: int, protected: Mapping[int, int] | set[int]) -> Slot | None:
+    def room_for_top(self, layer: int, expert: int, protected: Collection[int]) -> Slot | None:
         """A free slot claimed for `expert`, after evicting if need be; None when all slots are protected."""
         cache, policy = self.caches[layer], self.policies[layer]
         slot = cache.free_slot()
@@ -228,7 +244,7 @@ class Residency:
             self.store.source(buffer.layer, buffer.expert, wanted),
             buffer.buffer[wanted.start : wanted.stop],
             priority,
-            tag=(buffer.layer, buffer.expert, part),
+            tag=Tag(buffer.layer, buffer.expert, part),
             after=buffer.fence,
         )
 
@@ -257,14 +273,16 @@ class _Part(NamedTuple):
 
 
 class Step:
-    """One MoE layer of one pass: demands at once what is missing, then iterates over pieces in the order of readiness."""
+    """One MoE layer of one pass: demands at once what is missing, then iterates over pieces in the order of
+    readiness.
+    """
 
     def __init__(self, residency: Residency, layer: int, counts: Mapping[int, int]) -> None:
         self.residency = residency
         self.layer = layer
         self.cache = residency.caches[layer]
         self.open: dict[int, _Need] = {}
-        self._protected = counts if residency.decode else self.open
+        self._protected: Collection[int] = counts if residency.decode else self.open
         self._ready: deque[_Part] = deque()
         self._arriving: list[_Part] = []
         self._waiting: deque[_Need] = deque()  # for a staging buffer
@@ -286,7 +304,9 @@ class Step:
             if need.left == 0 and need not in self._waiting:
                 self._finish(need)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """After an error or a stop: nothing stays half-arrived, and every buffer is free again."""
         assert kind is not None or not self.open, sorted(self.open)
         self._abandon_all()
@@ -346,7 +366,9 @@ class Step:
             self._stage(need, with_top=top_missing)
 
     def _stage(self, need: _Need, with_top: bool) -> None:
-        """Demands into a staging buffer; a guess gives its buffer up, and without any the need waits for its own kind."""
+        """Demands into a staging buffer; a guess gives its buffer up, and without any the need waits for its own
+        kind.
+        """
         staging = self.residency.staging
         if not staging.free and staging.guesses:
             self.residency.drop_guess(next(reversed(staging.guesses.values())))
@@ -443,4 +465,3 @@ class Step:
             for ticket in need.staged.tickets():
                 residency.transfer.cancel(ticket)
             residency.staging.give_back(need.staged, fence)
-

@@ -1,8 +1,8 @@
 """Staging: record-shaped buffers on the device that bytes arrive in before they are computed with or admitted.
 
-A demand owns its buffer until the expert has been computed; a guess (prefetch) holds one until its layer comes. A demand
-that finds no free buffer takes the newest guess away and never waits for one. A buffer whose transfer was cancelled is
-reused only after the chunk in flight has settled. Starts no transfer itself.
+A demand owns its buffer until the expert has been computed; a guess (prefetch) holds one until its layer comes. A
+demand that finds no free buffer takes the newest guess away and never waits for one. A buffer whose transfer was
+cancelled is reused only after the chunk in flight has settled. Starts no transfer itself.
 """
 
 from __future__ import annotations

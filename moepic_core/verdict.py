@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .links import parse_link
-from .planner import Needs
+from .planner import HEADROOM, Needs
 from .spec import MachineProfile, ModelSpec
 from .units import format_bytes
 
@@ -24,7 +24,7 @@ def judge(spec: ModelSpec, needs: Needs, machine: MachineProfile, link: str) -> 
     on_host = 0 if kind == "disk" else spec.expert_bytes
     shared = machine.device == "cpu"
     free_for_host = machine.host_free_bytes - (needs.smallest if shared else 0)
-    free_for_all = machine.device_free_bytes - (on_host if shared else 0)
+    free_for_all = int(machine.device_free_bytes * HEADROOM) - (on_host if shared else 0)
     if needs.smallest > machine.device_free_bytes:
         return Verdict(
             "will not run",

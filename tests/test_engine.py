@@ -27,7 +27,13 @@ def load(checkpoints: Callable[..., Path], tmp_path: Path) -> Iterator[Load]:
     engines: list[Engine] = []
 
     def make(family: str = "qwen3_moe", **settings: object) -> Engine:
-        fixed = {"device": "cpu", "context_length": 96, "prefill_chunk": 8, "packed_dir": str(tmp_path), "link": "pcie4x16"}
+        fixed = {
+            "device": "cpu",
+            "context_length": 96,
+            "prefill_chunk": 8,
+            "packed_dir": str(tmp_path),
+            "link": "pcie4x16",
+        }
         engines.append(Engine.load(Settings.create(checkpoint=str(checkpoints(family)), **{**fixed, **settings})))
         return engines[-1]
 
@@ -131,7 +137,9 @@ def test_two_hundred_reconfigurations_leak_nothing(load: Load) -> None:
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for number in range(200):
         strategy = ("moepic", "mixtral-offloading", "pregated", "on-demand")[number % 4]
-        engine.reconfigure(vram=(engine.needs.smallest, half(engine), engine.needs.everything)[number % 3], strategy=strategy)
+        engine.reconfigure(
+            vram=(engine.needs.smallest, half(engine), engine.needs.everything)[number % 3], strategy=strategy
+        )
         if number % 25 == 0:
             greedy(engine, PROMPT, 3)
     engine.check()

@@ -19,7 +19,9 @@ PROMPT = [3 + (29 * place + place * place) % 300 for place in range(20)]
 
 
 def load(folder: Path, **settings: object) -> Engine:
-    return Engine.load(Settings.create(checkpoint=str(folder), device="cuda", context_length=96, prefill_chunk=7, **settings))
+    return Engine.load(
+        Settings.create(checkpoint=str(folder), device="cuda", context_length=96, prefill_chunk=7, **settings)
+    )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
@@ -29,8 +31,14 @@ def test_parity_with_eager_for_every_split_and_strategy(family: str, checkpoints
         expected = model(torch.tensor([PROMPT], device="cuda")).logits[0]
     answers = set()
     with load(checkpoints(family)) as engine:
-        budgets = (engine.needs.smallest, (engine.needs.smallest + engine.needs.everything) // 2, engine.needs.everything)
-        for changes in [{"split": split} for split in (0.0, 0.3, 1.0)] + [{"strategy": name, "split": None} for name in STRATEGIES]:
+        budgets = (
+            engine.needs.smallest,
+            (engine.needs.smallest + engine.needs.everything) // 2,
+            engine.needs.everything,
+        )
+        for changes in [{"split": split} for split in (0.0, 0.3, 1.0)] + [
+            {"strategy": name, "split": None} for name in STRATEGIES
+        ]:
             for vram in budgets:
                 engine.reconfigure(vram=vram, **changes)
                 engine.hf.forget()

@@ -131,7 +131,10 @@ def test_a_module_only_defines(path: Path) -> None:
             assert isinstance(node, allowed), f"{path}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", [ROOT / "launch.py", *sorted((ROOT / "app").rglob("*.py"))], ids=str)
+PAGE = [ROOT / "launch.py", *sorted((ROOT / "app").rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", PAGE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_the_state_of_the_page_knows_the_engine(path: Path) -> None:
     package = ".".join(path.relative_to(ROOT).parts[:-1])
     engine = [name for name in imported(path, package) if f"{name}.".startswith("moepic_core.engine.")]

@@ -96,7 +96,9 @@ def test_every_family_over_the_disk(
     family: str, checkpoints: Callable[..., Path], references: Callable[[str], Reference], tmp_path: Path
 ) -> None:
     with load(checkpoints(family), tmp_path, link="disk") as engine:
-        for strategy, split, vram in zip(("moepic", "moepic", "pregated"), (0.3, 1.0, None), budgets(engine), strict=True):
+        for strategy, split, vram in zip(
+            ("moepic", "moepic", "pregated"), (0.3, 1.0, None), budgets(engine), strict=True
+        ):
             engine.reconfigure(vram=vram, split=split, strategy=strategy)
             assert_same(engine, references(family))
 
@@ -116,9 +118,14 @@ def test_half_precision_is_as_close_to_float32_as_eager_is(
 ) -> None:
     exact = references("qwen3_moe").logits
     with torch.inference_mode():
-        eager = AutoModelForCausalLM.from_pretrained(
-            checkpoints("qwen3_moe"), dtype=getattr(torch, dtype), experts_implementation="eager"
-        ).eval()(torch.tensor([PROMPT])).logits[0].float()
+        eager = (
+            AutoModelForCausalLM.from_pretrained(
+                checkpoints("qwen3_moe"), dtype=getattr(torch, dtype), experts_implementation="eager"
+            )
+            .eval()(torch.tensor([PROMPT]))
+            .logits[0]
+            .float()
+        )
     with load(checkpoints("qwen3_moe"), tmp_path, link="pcie4x16", dtype=dtype, split=0.4) as engine:
         engine.residency.begin_pass(len(PROMPT))
         ours = engine.hf.forward(PROMPT, all_logits=True).float()

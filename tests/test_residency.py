@@ -1,4 +1,6 @@
-"""The residency over a transfer that delays, reorders and poisons: right answers, balanced books, nothing left behind."""
+"""The residency over a transfer that delays, reorders and poisons: right answers, balanced books, nothing left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -194,7 +196,9 @@ def test_a_smaller_top_is_kept_on_the_device_and_stays_right() -> None:
 
 
 class Books(RuleBasedStateMachine):
-    """Any order of steps, guesses, stops, failures and changes of plan keeps the books balanced and the answers right."""
+    """Any order of steps, guesses, stops, failures and changes of plan keeps the books balanced and the answers
+    right.
+    """
 
     @initialize(seed=st.integers(0, 3), room=st.integers(0, 12), split=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
     def start(self, seed: int, room: int, split: float) -> None:
@@ -238,7 +242,11 @@ class Books(RuleBasedStateMachine):
             pass
         self.rig.stopped = False
 
-    @rule(room=st.integers(0, 12), split=st.sampled_from([0.0, 0.3, 0.5, 1.0]), eviction=st.sampled_from(["lcp", "lru", "lfu"]))
+    @rule(
+        room=st.integers(0, 12),
+        split=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+        eviction=st.sampled_from(["lcp", "lru", "lfu"]),
+    )
     def change_plan(self, room: int, split: float, eviction: str) -> None:
         self.rig.residency.apply(self.rig.plan(room, split, eviction=eviction))
 

@@ -23,6 +23,7 @@ from moepic_core.transfer.cuda import CudaTransfer
 from moepic_core.transfer.pinning import pin
 from moepic_core.transfer.thread import ThreadTransfer
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # no thread dies
 DEMAND, PREFETCH = Priority.DEMAND, Priority.PREFETCH
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -38,20 +39,22 @@ def closing() -> Iterator[list[Transfer]]:
 # Threads
 
 
-@pytest.mark.parametrize("chunk_bytes", [64 * KIB, MIB, 4 * MIB])
-def test_an_emulated_link_has_its_nominal_bandwidth(closing: list[Transfer], chunk_bytes: int) -> None:
-    transfer = ThreadTransfer(rate_bytes_per_s=2e9, chunk_bytes=chunk_bytes)
+@pytest.mark.parametrize(("chunk_bytes", "rate_bytes_per_s"), [(64 * KIB, 1e9), (MIB, 2e9), (4 * MIB, 2e9)])
+def test_an_emulated_link_has_its_nominal_bandwidth(
+    closing: list[Transfer], chunk_bytes: int, rate_bytes_per_s: float
+) -> None:
+    transfer = ThreadTransfer(rate_bytes_per_s=rate_bytes_per_s, chunk_bytes=chunk_bytes)
     closing.append(transfer)
     source = MemorySource(data_of(16 * MIB))
     destinations = [torch.zeros(16 * MIB, dtype=torch.uint8) for _ in range(7)]
     measured: list[float] = []
-    while len(measured) < 10 and max(measured, default=0) < 1.8e9:  # other processes take the cores away now and then
+    while len(measured) < 10 and max(measured, default=0) < 0.9 * rate_bytes_per_s:  # a busy machine
         start_s = time.perf_counter()
         tickets = [transfer.submit(source, destination, DEMAND) for destination in destinations]
         for ticket in tickets:
             ticket.wait()
         measured.append(7 * 16 * MIB / (time.perf_counter() - start_s))
-    assert 1.8e9 <= max(measured) <= 2e9, measured
+    assert 0.9 * rate_bytes_per_s <= max(measured) <= rate_bytes_per_s, measured
 
 
 def test_an_emulated_link_is_never_faster_than_nominal_and_idle_time_is_not_saved_up(closing: list[Transfer]) -> None:
@@ -104,13 +107,14 @@ def test_a_closed_file_fails_with_the_reason_of_the_system(closing: list[Transfe
         ticket.wait()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_dies_of_a_bug_fails_everybody_and_tells_why(
     closing: list[Transfer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(chunk: object) -> None:
         raise ZeroDivisionError("a bug")
 
+    heard: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
     monkeypatch.setattr(thread, "_copy", broken)
     transfer = ThreadTransfer(num_workers=1, chunk_bytes=4096)
     closing.append(transfer)
@@ -119,6 +123,7 @@ def test_a_thread_that_dies_of_a_bug_fails_everybody_and_tells_why(
     with pytest.raises(TransferFailed, match="died"):
         tickets[0].wait()
     transfer._workers[0].join()
+    assert [args.exc_type for args in heard] == [ZeroDivisionError]
     with pytest.raises(TransferFailed, match=r"ZeroDivisionError.*a bug"):
         transfer.submit(source, torch.empty(4096, dtype=torch.uint8), DEMAND)
     transfer.check()
@@ -237,16 +242,19 @@ def test_a_file_is_no_source_for_a_device(cuda: CudaTransfer) -> None:
         cuda.submit(FileSource(0, 0, 4096, "x", False), torch.empty(4096, dtype=torch.uint8), DEMAND)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_feeder_that_dies_of_a_bug_fails_everybody(cuda: CudaTransfer, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
+    heard: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
     monkeypatch.setattr("moepic_core.transfer.cuda._copy", broken)
     ticket = cuda.submit(MemorySource(data_of(4096)), torch.empty(4096, dtype=torch.uint8), PREFETCH)
     with pytest.raises(TransferFailed, match="died"):
         ticket.wait()
     ticket.settle()
+    cuda._feeder.join()
+    assert [args.exc_type for args in heard] == [ZeroDivisionError]
     cuda.check()
 
 

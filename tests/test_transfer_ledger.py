@@ -17,6 +17,7 @@ from moepic_core.transfer.clocks import BusyTime
 from moepic_core.transfer.ledger import Entry, Ledger, Outcome
 from moepic_core.transfer.thread import ThreadTransfer
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # no thread dies
 DEMAND, PREFETCH = Priority.DEMAND, Priority.PREFETCH
 CHUNK_BYTES = 4096
 

@@ -21,12 +21,17 @@ class Answers:
 
 
 def build() -> Answers:
-    with gr.Accordion("Answers", open=False, elem_id="answers", elem_classes="panel"):
+    with gr.Accordion("Answers", elem_id="answers"):
         system = gr.Textbox(
-            label="System prompt", placeholder="None: the model's own manner", lines=2, max_lines=8, elem_id="system"
+            label="System prompt",
+            value="",
+            placeholder="None: the model's own manner",
+            lines=2,
+            max_lines=8,
+            elem_id="system",
         )
         with gr.Row():
-            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature (0: always the likeliest)", min_width=150)
-            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", min_width=150)
-        max_new_tokens = gr.Slider(16, 4096, 512, step=16, label="Longest answer (tokens)")
+            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", buttons=[], min_width=130)
+            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", buttons=[], min_width=130)
+        max_new_tokens = gr.Slider(16, 4096, 512, step=16, label="Longest answer (tokens)", buttons=[])
     return Answers(system, temperature, top_p, max_new_tokens)

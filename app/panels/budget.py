@@ -36,7 +36,7 @@ class Budget:
 
 
 def build(memory: str) -> Budget:
-    with gr.Column(elem_id="budget", elem_classes="panel"):
+    with gr.Column(elem_id="budget"):
         slider = gr.Slider(0, 1, 0, label=f"{memory} budget (GB)", interactive=False, buttons=[], elem_id="slider")
         bar = gr.HTML("null", html_template='<div class="memory"></div>', apply_default_css=False,
                       js_on_load="MoEpic.memory(element, props, watch)", elem_id="bar")  # fmt: skip

@@ -15,9 +15,9 @@ from .answers import Answers
 
 PLACEHOLDER = "### Ask anything\nThe model runs on this machine. Nothing leaves it."
 EXAMPLES = [
-    "What does a router do in a Mixture-of-Experts model?",
-    "Write a limerick about waiting for memory.",
-    "Explain caching to a ten-year-old.",
+    ["What does a router do in a Mixture-of-Experts model?"],
+    ["Write a limerick about waiting for memory."],
+    ["Explain caching to a ten-year-old."],
 ]
 
 

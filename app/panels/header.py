@@ -35,7 +35,6 @@ def build() -> None:
             <div class="notice" role="alert" hidden>
               <p data-live="notice"></p><button type="button" aria-label="Dismiss this message">×</button>
             </div>""",
-        head='<script src="ui/page.js"></script>',
         js_on_load="MoEpic.header(element)",
         apply_default_css=False,
         elem_id="header",

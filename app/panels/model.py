@@ -18,8 +18,6 @@ from ..nouns import Preview
 from ..state import State
 from .budget import Budget, wanted_vram
 
-SCRIPT = '<script src="ui/page.js"></script>'
-
 
 @dataclass(frozen=True)
 class Model:
@@ -39,19 +37,18 @@ class Model:
 
 
 def build(device: DeviceKind) -> Model:
-    with gr.Column(elem_id="model", elem_classes="panel"):
+    with gr.Column(elem_id="model"):
         with gr.Row(elem_id="picker"):
             checkpoint = gr.Dropdown(
                 [],
-                label="Checkpoint",
-                info="Pick one, or type a folder or a hub id",
+                label="Checkpoint (pick one, or type a folder or a hub id)",
                 allow_custom_value=True,
                 scale=4,
                 elem_id="checkpoint",
             )
             load = gr.Button("Load", variant="primary", scale=1, min_width=88, elem_id="load")
             cancel = gr.Button("Cancel", scale=1, min_width=88, elem_id="cancel")
-        card = gr.HTML("{}", html_template='<div class="card"></div>', head=SCRIPT, apply_default_css=False,
+        card = gr.HTML("{}", html_template='<div class="card"></div>', apply_default_css=False,
                        js_on_load="MoEpic.card(element, props, watch)", elem_id="card")  # fmt: skip
         with gr.Row(elem_id="options"):
             link = gr.Dropdown(
@@ -74,9 +71,7 @@ def link_choices(device: DeviceKind) -> list[tuple[str, str]]:
     """(label, name) of the links that a device can use."""
     if device == "cuda":
         return [("The GPU's own bus", "auto")]
-    presets = [
-        (f"Emulated {name}, {format_bytes(rate)}/s", name) for name, rate in sorted(PRESETS_BYTES_PER_S.items())
-    ]
+    presets = [(f"Emulated {name}, {format_bytes(rate)}/s", name) for name, rate in sorted(PRESETS_BYTES_PER_S.items())]
     return [("Disk", "auto"), *presets]
 
 
@@ -88,13 +83,14 @@ def wire(model: Model, budget: Budget, state: State, page: gr.Blocks) -> None:
         return state.settings.replace(checkpoint=checkpoint, link=link, strategy=strategy, context_length=length)
 
     def show(preview: Preview) -> list[Any]:
-        """Values for selection, card, slider and bar."""
+        """Values for selection, card, button, slider and bar."""
         card = {"loads": state.look().loads, **views.model_card(preview)}
-        return [preview, json.dumps(card), *budget.show(preview)]
+        button = gr.Button("Reload", variant="secondary") if preview.loaded else gr.Button("Load", variant="primary")
+        return [preview, json.dumps(card), button, *budget.show(preview)]
 
     def show_problem(error: MoepicError) -> list[Any]:
         card = {"loads": state.look().loads, **views.problem_card(str(error))}
-        return [None, json.dumps(card), *budget.show(None)]
+        return [None, json.dumps(card), gr.Button("Load", variant="primary"), *budget.show(None)]
 
     def choose(*choices: Any) -> list[Any]:
         """Something else was picked: says what it would need. A change of strategy alone holds at once."""
@@ -132,7 +128,7 @@ def wire(model: Model, budget: Budget, state: State, page: gr.Blocks) -> None:
         except MoepicError as error:
             return [*values, *show_problem(error)]
 
-    shown = [model.selection, model.card, budget.slider, budget.bar]
+    shown = [model.selection, model.card, model.load, budget.slider, budget.bar]
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     inputs = [model.checkpoint.input, model.link.input, model.strategy.input, model.context.input]
     gr.on(inputs, choose, model.choices, shown, **quiet)

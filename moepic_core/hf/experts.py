@@ -1,7 +1,7 @@
 """The experts function that Transformers calls in place of `eager`: routes → pieces from the residency → weighted sum.
 
-One `ExpertLayer` per MoE layer, attached to its experts module. Transformers' dispatch
-(`ExpertsInterface.register`, `set_experts_implementation`) is the door; there are no forward hooks and no model code of ours.
+One `ExpertLayer` per MoE layer, attached to its experts module. Transformers' dispatch (`ExpertsInterface.register`,
+`set_experts_implementation`) is the door; there are no forward hooks and no model code of ours.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class ExpertLayer:
         residency.prefetch(self.next.position, [guess for guess in guesses if guess < self.next.geometry.num_experts])
 
 
-def install(model: nn.Module, layers: Sequence[ExpertLayer], modules: Sequence[nn.Module], residency: Residency) -> None:
+def install(
+    model: nn.Module, layers: Sequence[ExpertLayer], modules: Sequence[nn.Module], residency: Residency
+) -> None:
     """Connects the layers with the residency and switches the model over."""
     register()
     for position, (layer, module) in enumerate(zip(layers, modules, strict=True)):
@@ -122,10 +124,10 @@ def math_of(module: nn.Module) -> ExpertMath:
 
 
 def _combine_of(module: nn.Module) -> Combine:
-    if type(module)._apply_gate is _default_apply_gate:
+    apply_gate: Any = module._apply_gate
+    if apply_gate.__func__ is _default_apply_gate:
         activation: Any = module.act_fn
         return lambda gate, up: activation(gate) * up
-    apply_gate: Any = module._apply_gate
     if module.is_concatenated:
         return lambda gate, up: apply_gate(torch.cat((gate, up), dim=-1))
     return lambda gate, up: apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
@@ -152,8 +154,12 @@ def _asked(module: nn.Module, weight: Tensor, top_k: int) -> Router:
     except (TypeError, RuntimeError):
         answer = None  # it wants more than the hidden states: rank its logits instead
     if isinstance(answer, tuple):
-        place = next((i for i, part in enumerate(answer) if part.dtype == torch.int64 and part.shape == (1, top_k)), None)
-        scores = next((i for i, part in enumerate(answer) if part.is_floating_point() and part.shape == (1, top_k)), None)
+        place = next(
+            (i for i, part in enumerate(answer) if part.dtype == torch.int64 and part.shape == (1, top_k)), None
+        )
+        scores = next(
+            (i for i, part in enumerate(answer) if part.is_floating_point() and part.shape == (1, top_k)), None
+        )
         if place is not None and scores is not None:
             return functools.partial(_by_own_choice, module, place, scores)
     return functools.partial(_by_logits, weight, getattr(module, "bias", None), top_k)

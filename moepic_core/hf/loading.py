@@ -1,8 +1,9 @@
 """Loads a checkpoint through Transformers' own doors, with the routed experts diverted into a host store.
 
-A custom quantizer is Transformers' documented place to treat parameters while they load: it sees each fused expert tensor
-after Transformers' own renaming and merging, so no model names and no name maps are needed here. Experts stay on the meta
-device, everything else loads as usual; memory peaks at the store plus about one layer. Called once by the engine.
+A custom quantizer is Transformers' documented place to treat parameters while they load: it sees each fused expert
+tensor after Transformers' own renaming and merging, so no model names and no name maps are needed here. Experts stay
+on the meta device, everything else loads as usual; memory peaks at the store plus about one layer. Called once by the
+engine.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..lazy_tensors import LazyTensors
-from ..errors import BadCheckpoint, MoepicError
+from ..arena import is_out_of_memory
+from ..errors import BadCheckpoint, MoepicError, OutOfRoom
 from ..host_store import HostStore, check_layout
+from ..lazy_tensors import LazyTensors
 from ..packing import FusedLayout
 from ..spec import ModelSpec
 
@@ -48,8 +50,8 @@ class ExpertSink:
         self.modules = {name: module for name, module in model.named_modules() if hasattr(module, "is_concatenated")}
         if len(self.modules) != len(self.spec.moe_layers):
             raise BadCheckpoint(
-                f"{self.spec.architecture} has {len(self.modules)} expert layers behind Transformers' experts interface, "
-                f"the files hold {len(self.spec.moe_layers)}; this family or this checkpoint's config is not supported"
+                f"{self.spec.architecture} has {len(self.modules)} expert layers behind Transformers' experts "
+                f"interface, the files hold {len(self.spec.moe_layers)}; this family or this checkpoint's config is not supported"
             )
         for (name, module), layer in zip(self.modules.items(), self.spec.moe_layers, strict=True):
             check_layout(layer, dict(module.named_parameters(recurse=False)), layout_of(module), name)
@@ -73,8 +75,8 @@ def layout_of(module: nn.Module) -> FusedLayout:
     """The module's layout flags. Refuses those that packing does not support, by name."""
     if getattr(module, "has_post_expert_norm", False):
         raise BadCheckpoint(
-            f"{type(module).__name__} normalises each expert's output (has_post_expert_norm), which a split expert cannot; "
-            f"this family is not supported"
+            f"{type(module).__name__} normalises each expert's output (has_post_expert_norm), which a split expert "
+            f"cannot; this family is not supported"
         )
     return FusedLayout(bool(module.has_gate), bool(module.is_transposed), bool(module.is_concatenated))
 
@@ -88,7 +90,8 @@ def drop_fused(module: nn.Module) -> None:
 def load_model(
     spec: ModelSpec, tensors: LazyTensors, store: HostStore, device: torch.device
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """The model in eval mode on `device`, without routed experts, and its experts modules by path, in order of execution.
+    """The model in eval mode on `device`, without routed experts, and its experts modules by path, in order of
+    execution.
 
     Raises BadCheckpoint when anything is missing, left over in shape or unknown to Transformers; Cancelled when asked.
     """
@@ -109,6 +112,10 @@ def load_model(
         except (RuntimeError, ValueError, KeyError) as error:
             if sink.error is not None:  # Transformers wraps what a conversion raises
                 raise sink.error from error
+            if is_out_of_memory(error):
+                raise OutOfRoom(
+                    f"memory ran out while {spec.name} was loading; close other programs, or use device cpu and link disk"
+                ) from error
             raise BadCheckpoint(f"Transformers cannot load {spec.name}: {_first_line(error)}") from error
     _nothing_missing(spec, info)
     store.seal()
@@ -148,20 +155,24 @@ def _nothing_missing(spec: ModelSpec, info: Mapping[str, Any]) -> None:
         raise BadCheckpoint(f"{spec.name} lacks {len(missing)} tensors, among them {missing[0]}; download it again")
     if info["mismatched_keys"]:
         name, found, wanted = next(iter(sorted(info["mismatched_keys"])))
-        raise BadCheckpoint(f"{name} has shape {list(found)} but the config asks for {list(wanted)}; the checkpoint is damaged")
+        raise BadCheckpoint(
+            f"{name} has shape {list(found)} but the config asks for {list(wanted)}; the checkpoint is damaged"
+        )
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-class _Pack(ConversionOps):
+class _Pack(ConversionOps):  # type: ignore[misc]
     """Transformers' quantize operation: takes a fused tensor away and reports it as treated."""
 
     def __init__(self, sink: ExpertSink) -> None:
         self.sink = sink
 
-    def convert(self, input_dict: Mapping[str, Any], full_layer_name: str = "", missing_keys: set[str] | None = None, **_: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: Mapping[str, Any], full_layer_name: str = "", missing_keys: set[str] | None = None, **_: Any
+    ) -> dict[str, Any]:
         for value in input_dict.values():
             try:
                 self.sink.receive(full_layer_name, value[0] if isinstance(value, list) else value)
@@ -197,7 +208,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
 
 class _Config(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, sink: ExpertSink | None = None, **_: Any) -> None:
-        self.quant_method = _METHOD
+        self.quant_method: Any = _METHOD
         self.sink = sink
 
     def to_dict(self) -> dict[str, Any]:

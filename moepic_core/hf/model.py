@@ -49,7 +49,8 @@ class HfModel:
 
     @torch.inference_mode()
     def forward(self, ids: list[int], all_logits: bool = False) -> Tensor:
-        """Runs the new tokens `ids` after the cached ones: logits of the last one `[vocab]`, or of all `[tokens, vocab]`.
+        """Runs the new tokens `ids` after the cached ones: logits of the last one `[vocab]`, or of all `[tokens,
+        vocab]`.
 
         When it raises, the KV memory is rolled back to what it was before, or forgotten where a model cannot roll back.
         """

@@ -28,7 +28,9 @@ def without_experts(model: nn.Module, modules: Collection[nn.Module]) -> Iterato
 @dataclass(frozen=True)
 class Findings:
     kv_bytes: int  # keys, values and states of a full context
-    continues: bool  # a pass over several tokens may follow another; False: Transformers starts such a pass from nothing
+    continues: (
+        bool  # a pass over several tokens may follow another; False: Transformers starts such a pass from nothing
+    )
 
 
 def probe_model(hf: HfModel, context: int) -> Findings:
@@ -52,8 +54,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _kv_bytes(few: list[int], more: list[int], windows: list[int | None], context: int) -> int:
-    """Extrapolates to `context` tokens (ours). Layers with a sliding window stop growing at its length; one layer counts
-    twice, since growing it copies it."""
+    """Extrapolates to `context` tokens (ours). Layers with a sliding window stop growing at its length; one layer
+    counts twice, since growing it copies it."""
     per_layer = []
     for before, after, window in zip(few, more, windows, strict=True):
         per_token = (after - before) / _MORE

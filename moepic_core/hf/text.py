@@ -98,7 +98,9 @@ class Text:
         return ids
 
     def encode_chat(self, messages: Sequence[Message], continue_last: bool = False) -> list[int]:
-        """Token ids of a conversation. `continue_last` leaves the last (assistant) message open instead of adding a turn."""
+        """Token ids of a conversation. `continue_last` leaves the last (assistant) message open instead of adding a
+        turn.
+        """
         tokenizer = self._need_tokenizer()
         if not self.has_chat_template:
             raise BadCheckpoint(f"{Path(self.path).name} has no chat template; give a plain prompt instead")
@@ -141,10 +143,11 @@ class TextStream:
         if self.tokenizer is None:
             return f"{token_id} "
         if self._stream is not None:
-            return self._stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
+            piece: str | None = self._stream.step(self.tokenizer.backend_tokenizer, token_id)
+            return piece or ""
         self._ids.append(token_id)
-        text = self.tokenizer.decode(self._ids, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(self._ids, skip_special_tokens=True)
         if text.endswith("\ufffd"):
             return ""
-        piece, self._shown = text[len(self._shown) :], text
-        return piece
+        new, self._shown = text[len(self._shown) :], text
+        return new

@@ -1,0 +1,60 @@
+"""Writes the parts of the docs that are made from code: `python docs/generate.py`. A test holds the files to it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+
+def metrics_page() -> str:
+    from moepic_core.metrics import METRICS
+
+    lines = [
+        "# Metrics",
+        "",
+        "Every figure that the page and the command line show: what it means, and how to recompute it from the trace.",
+        "Made from `moepic_core/metrics.py` by `python docs/generate.py`; the test suite evaluates every formula.",
+        "",
+        "Figures exist for the last reply and for the session, for prefill and decode apart, per layer and in total.",
+        "A hit rate without further words is that of decode. `None` (shown as –) means unknown, never zero.",
+        "",
+        "Formulas see the trace's rows of the reply, phase and layer in question: `routing` with `outcomes` and `counts`;",
+        "of the events `kind`, `nbytes`, `end_s`, `seconds` (end − start), and `credit` (the part of a transfer that no",
+        "transfer recorded before it covers).",
+        "",
+        "| figure | unit | definition | formula |",
+        "|---|---|---|---|",
+    ]
+    for metric in METRICS:
+        formula = f"`{metric.formula}`" if metric.formula else ""
+        lines.append(f"| `{metric.name}` | {metric.unit} | {metric.definition} | {formula} |")
+    return "\n".join(lines) + "\n"
+
+
+def command_page() -> str:
+    import argparse
+    import os
+
+    from moepic_core.cli import build_parser
+
+    os.environ["COLUMNS"] = "100"  # so that the text does not depend on the terminal
+    os.environ["NO_COLOR"] = "1"
+    parser = build_parser()
+    pages = [("moepic", parser)]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            pages += [(f"moepic {name}", command) for name, command in action.choices.items()]
+    lines = ["# Command line", "", "`python -m moepic_core`, made from its own help by `python docs/generate.py`.", ""]
+    for title, page in pages:
+        lines += [f"## {title}", "", "```", page.format_help().rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+PAGES = {"METRICS.md": metrics_page, "COMMAND_LINE.md": command_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page())
