@@ -21,7 +21,7 @@ def default_name() -> str:
 
 
 def choices(current: str) -> list[tuple[str, str]]:
-    """(label, name) for the picker: ours first, then what the Hugging Face cache holds, then `current` if it is neither."""
+    """(label, name) for the picker: ours, what the Hugging Face cache holds, and `current` if it is neither."""
     ours = ("Demo, comes with MoEpic", str(BUNDLED))
     if default_name() == demo_checkpoint.NAME:
         ours = ("Demo, random weights", demo_checkpoint.NAME)

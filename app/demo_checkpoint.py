@@ -59,8 +59,8 @@ def demo_checkpoint() -> Path:
             if (folder / "config.json").is_file():  # another process was faster
                 return folder
             raise OutOfRoom(
-                f"the demo checkpoint cannot be written to {folder.parent} ({error.strerror}); give a --checkpoint, or set "
-                "MOEPIC_HOME to a folder with 100 MB of room"
+                f"the demo checkpoint cannot be written to {folder.parent} ({error.strerror}); give a --checkpoint, "
+                "or set MOEPIC_HOME to a folder with 100 MB of room"
             ) from error
     return folder
 

@@ -104,10 +104,11 @@ def build_app(state: State, host: str = "127.0.0.1", auth: tuple[str, str] | Non
             return Response(status_code=404)
         return FileResponse(ASSETS / name, headers={"Cache-Control": "no-cache"})
 
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         build_page(state),
         path="/",
+        app_kwargs={"openapi_url": None},
         theme=theme(),
         head=HEAD,
         favicon_path=str(ASSETS / "favicon.svg"),
@@ -120,11 +121,13 @@ def build_app(state: State, host: str = "127.0.0.1", auth: tuple[str, str] | Non
         pwa=False,
         mcp_server=False,
     )
+    return app
 
 
 def build_page(state: State) -> gr.Blocks:
     device = probe(state.settings.device).device
-    with gr.Blocks(title="MoEpic", analytics_enabled=False, fill_width=True) as page:
+    page = gr.Blocks(title="MoEpic", analytics_enabled=False, fill_width=True)
+    with page:
         header.build()
         with gr.Row(elem_id="main"):
             talk = gr.Column(elem_id="talk", scale=3, min_width=320)

@@ -1,14 +1,16 @@
-"""What the rooms of the page exchange. All frozen: `state` makes them, `views` turns them into words, panels pass them on."""
+"""What the rooms of the page exchange: `state` makes these, panels pass them on, `views` turns them into words.
+
+All are frozen. The core's own nouns (settings, specs, plans, snapshots) travel inside them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from moepic_core.calibrate import HEADROOM
 from moepic_core.links import Link
 from moepic_core.metrics import Snapshot
-from moepic_core.planner import Needs, uniform_plan
+from moepic_core.planner import HEADROOM, Needs, uniform_plan
 from moepic_core.spec import MachineProfile, ModelSpec, Plan, Settings
 from moepic_core.verdict import Verdict
 
@@ -49,7 +51,7 @@ class Loaded:
 class Look:
     """All that is true at one instant. There is a snapshot when a model is loaded."""
 
-    loads: int  # grows when a load ends, well or not: a page that sees it change asks again for what it shows
+    loads: int  # grows with every model that has been loaded: a page that sees it change asks again for what it shows
     progress: Progress | None
     notice: Notice | None
     loaded: Loaded | None
@@ -72,8 +74,9 @@ class Preview:
 
     @property
     def free_bytes(self) -> int:
-        """Device memory that a budget may take."""
-        return int(self.machine.device_free_bytes * HEADROOM)
+        """Device memory that a budget may take. Without a GPU, an emulated link's host copy lies in the same memory."""
+        copy = self.spec.expert_bytes if self.spec is not None and self.link.kind == "emulated" else 0
+        return max(0, int(self.machine.device_free_bytes * HEADROOM) - copy)
 
     def plan(self, budget: int) -> Plan:
         """What `budget` would buy."""

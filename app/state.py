@@ -201,16 +201,18 @@ class State:
                 self.tell("error", failure)
             with self._lock:
                 self._progress = self._loader = None
-                self._loads += 1
 
     def _replace(self, settings: Settings) -> None:
         """Unloads the old model only when the new one looks good; brings it back if the new one fails nevertheless."""
         folder = checkpoints.folder(settings.checkpoint)
         if folder is None:
             folder = finder.resolve(settings.checkpoint, settings.revision, self._counter("downloading", settings))
-        verdict = self.preview(settings).verdict
-        if verdict is not None and verdict.step == "will not run":
-            raise OutOfRoom(f"{settings.checkpoint} {verdict.text}")
+        preview = self.preview(settings)
+        assert preview.needs is not None, folder
+        assert preview.verdict is not None, folder
+        if preview.verdict.step == "will not run":
+            raise OutOfRoom(f"{settings.checkpoint} {preview.verdict.text}")
+        budget_bytes(settings.vram, preview.needs, preview.free_bytes)  # refuses a budget that is too small
         before = self._unload()
         try:
             self._bring(settings, str(folder), self._load_cancelled)
@@ -243,6 +245,7 @@ class State:
         )
         with self._lock:
             self._engine, self._loaded = engine, loaded
+            self._loads += 1
 
     def _counter(self, kind: Literal["downloading", "loading"], settings: Settings) -> Callable[[int, int], None]:
         def count(done_bytes: int, total_bytes: int) -> None:

@@ -75,18 +75,18 @@ def live(look: Look) -> dict[str, Any]:
 def status(look: Look) -> str:
     """What is going on, in a few words."""
     if look.progress is not None:
-        share = progress(look)["share"] or 0.0
-        return f"{look.progress.kind} {share:.0%}" if look.progress.total_bytes else f"{look.progress.kind} …"
+        share = progress(look)["share"]
+        return f"{look.progress.kind} {'…' if share is None else _percent(share)}"
     if look.loaded is None or look.snapshot is None:
         return "no model"
     phase, reply = look.snapshot.phase, look.snapshot.reply
     if phase == "prefill" and reply is not None and reply.prefill_progress is not None:
-        return f"reading the prompt {reply.prefill_progress:.0%}"
+        return f"reading the prompt {_percent(reply.prefill_progress)}"
     return {"idle": "ready", "prefill": "reading the prompt", "decode": "answering"}.get(phase, phase)
 
 
 def progress(look: Look) -> dict[str, Any]:
-    """How far the model on its way has come; `share` is None while nobody knows, and `text` empty when there is none."""
+    """How far the model on its way has come: `text` is empty when there is none, `share` None while nobody knows."""
     if look.progress is None:
         return {"text": "", "share": None}
     name = look.progress.name.rstrip("/").rpartition("/")[2]
@@ -156,7 +156,7 @@ def budget_range(preview: Preview) -> BudgetRange | None:
     decimals = max(1, 2 - math.floor(math.log10((high - low) / GB)))  # at least 100 steps, at most 1000
 
     def up(nbytes: int) -> float:
-        return math.ceil(nbytes / GB * 10**decimals) / 10**decimals
+        return float(math.ceil(nbytes / GB * 10.0**decimals) / 10.0**decimals)
 
     return BudgetRange(up(low), up(high), 10.0**-decimals, up(preview.budget_bytes))
 

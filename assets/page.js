@@ -89,8 +89,15 @@ window.MoEpic ??= (() => {
       notice.dataset.kind = live.notice.kind;
       say(find("notice"), live.notice.text);
     });
+    listeners.add(nameButtons);
     theme(element.querySelector(".theme"));
     poll();
+  }
+
+  // Gradio makes these two anew whenever one takes the place of the other, with a picture and no name.
+  function nameButtons() {
+    document.querySelector("button.submit-button")?.setAttribute("aria-label", "Send");
+    document.querySelector("button.stop-button")?.setAttribute("aria-label", "Stop");
   }
 
   function theme(button) {
@@ -121,7 +128,7 @@ window.MoEpic ??= (() => {
     const facts = make("dl", "facts");
     const notes = make("ul", "notes");
     root.replaceChildren(verdict, progress, facts, notes);
-    let shownLoads = null; // how many loads had ended when the card was written
+    let shownLoads = null; // how many models had been loaded when the card was written
     let askedLoads = null;
 
     follow(props, watch, (card) => {
@@ -140,7 +147,7 @@ window.MoEpic ??= (() => {
       say(words, live.progress.text);
       if (live.progress.share === null) bar.removeAttribute("value");
       else bar.value = live.progress.share;
-      // A model has come or gone, perhaps through another tab: ask Python for what the panels show now.
+      // Another model is loaded, perhaps through another tab: ask Python for what the panels show now.
       if (shownLoads !== null && live.loads !== shownLoads && live.loads !== askedLoads) {
         askedLoads = live.loads;
         document.querySelector("#refresh")?.click();

@@ -435,7 +435,8 @@ def _enough_memory(settings: Settings, spec: ModelSpec, machine: MachineProfile,
     if link.kind != "disk" and spec.expert_bytes > machine.host_free_bytes:
         raise OutOfRoom(
             f"the experts need {format_bytes(spec.expert_bytes)} of host memory and "
-            f"{format_bytes(machine.host_free_bytes)} is free; use link 'disk' (device cpu), close other programs or choose a smaller checkpoint"
+            f"{format_bytes(machine.host_free_bytes)} is free; use link 'disk' (device cpu), close other "
+            f"programs or choose a smaller checkpoint"
         )
 
 

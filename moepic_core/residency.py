@@ -106,9 +106,12 @@ class Residency:
         self._pass_tokens = tokens
         self.decode = tokens == 1
 
-    @property
-    def prefetching(self) -> bool:
-        return self.plan is not None and self.plan.predictor != "none"
+    def wants_guesses(self, layer: int) -> bool:
+        """Whether a prediction for `layer` is of any use: prefetch is on, and not all of the layer is resident."""
+        cache, geometry = self.caches[layer], self.layers[layer]
+        assert self.plan is not None
+        whole = cache.top_rows == geometry.neurons and len(cache.expert_to_slot) == geometry.num_experts
+        return self.plan.predictor != "none" and not whole
 
     def step(self, layer: int, counts: Mapping[int, int]) -> Step:
         """One MoE layer that needs the experts `counts` (expert → tokens routed to it). Use as a context manager."""
@@ -124,12 +127,6 @@ class Residency:
             assert isinstance(event.tag, Tag), event.tag
             self.telemetry.event(kind, *event.tag, event.start_s, event.end_s, event.nbytes, last)
         return last
-
-    def computed(self, layer: int, piece: Piece, start_s: float) -> None:
-        """The adapter computed `piece` from `start_s` until now."""
-        whole = self.layers[layer].neurons == piece.weights.shape[0]
-        part = Part.WHOLE if whole else Part.TOP if piece.start_row == 0 else Part.BOTTOM
-        self.telemetry.event(EventKind.COMPUTE, layer, piece.expert, part, start_s, time.perf_counter(), 0, self.token)
 
     def prefetch(self, layer: int, ranked: Sequence[int]) -> None:
         """Queues guesses for `layer`, the next to run, best first. They never delay a demand."""
@@ -299,7 +296,10 @@ class Step:
     def __iter__(self) -> Iterator[Piece]:
         while self._ready or self._arriving:
             need, start_row, _ = part = self._next()
-            yield Piece(need.expert, start_row, self._weights(part))
+            piece = Piece(need.expert, start_row, self._weights(part))
+            start_s = time.perf_counter()
+            yield piece
+            self._computed(piece, start_s)
             need.left -= 1
             if need.left == 0 and need not in self._waiting:
                 self._finish(need)
@@ -417,6 +417,16 @@ class Step:
         assert need.staged is not None
         stop_row = rows if part.start_row == 0 and rows > 0 else geometry.neurons
         return rows_of(need.staged.buffer, geometry, self.residency.dtype, part.start_row, stop_row)
+
+    def _computed(self, piece: Piece, start_s: float) -> None:
+        """The caller came back for the next piece: it computed `piece` from `start_s` until now."""
+        now_s, num_rows = time.perf_counter(), piece.weights.shape[0]
+        part = Part.TOP if piece.start_row == 0 else Part.BOTTOM
+        if num_rows == self.cache.geometry.neurons:
+            part = Part.WHOLE
+        self.residency.telemetry.event(
+            EventKind.COMPUTE, self.layer, piece.expert, part, start_s, now_s, 0, self.residency.token
+        )
 
     def _finish(self, need: _Need) -> None:
         """The expert is computed: its slot may be evicted again, its buffer serves the next."""

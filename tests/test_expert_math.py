@@ -118,18 +118,16 @@ values = st.floats(-1e4, 1e4, width=32)
 def test_two_segments_arrive_in_either_order_and_by_either_path(
     parts: list[tuple[float, ...]], dtype: torch.dtype
 ) -> None:
-    x, routes = torch.zeros(1, 3, dtype=dtype), torch.tensor([[4, 2]])
     first, second = (torch.tensor([part], dtype=dtype) for part in parts)
     sums = []
     for order in ((first, second), (second, first)):
-        for place in (1, torch.tensor([1])):  # decoding names the pair by number, prefill by index
-            total = PairSum(x, routes)
+        for tokens, place in ((1, 1), (2, torch.tensor([1]))):  # decoding names the pair by number, prefill by index
+            total = PairSum(torch.zeros(tokens, 3, dtype=dtype), torch.tensor([[4, 2]] * tokens))
             for y in order:
                 total.add(y, place)
-            sums.append(total.pairs)
-    assert all(torch.equal(pairs, sums[0]) for pairs in sums), sums
-    assert torch.equal(sums[0][1], first[0].float() + second[0].float())
-    assert not sums[0][0].any()
+            sums.append(total.total(torch.tensor([[2.0, 1.0]] * tokens), None)[0])
+    assert all(torch.equal(row, sums[0]) for row in sums), sums
+    assert torch.equal(sums[0], (first[0].float() + second[0].float()).to(dtype))
 
 
 def test_the_total_weighs_in_float32_and_rounds_once() -> None:

@@ -1,1 +1,1 @@
-"""One file per part of the page. Each has `build()`, which lays its components out, and `wire()`, which connects them."""
+"""One file per part of the page: `build()` lays its components out, `wire()` connects them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 
@@ -15,13 +16,13 @@ class Answers:
     max_new_tokens: gr.Slider
 
     @property
-    def inputs(self) -> list[gr.components.Component]:
+    def inputs(self) -> list[Any]:
         """In the order in which `chat` takes them."""
         return [self.system, self.temperature, self.top_p, self.max_new_tokens]
 
 
 def build() -> Answers:
-    with gr.Accordion("Answers", elem_id="answers"):
+    with gr.Accordion("Answer settings", elem_id="answers"):
         system = gr.Textbox(
             label="System prompt",
             value="",

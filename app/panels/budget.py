@@ -53,7 +53,7 @@ def wanted_vram(preview: Preview, gigabytes: float) -> str | int:
 def wire(budget: Budget, selection: gr.State, state: State) -> None:
     def slide(preview: Preview | None, gigabytes: float) -> str:
         """While the slider moves: what this budget would buy."""
-        if preview is None or preview.budget_bytes is None:
+        if preview is None or preview.needs is None or preview.budget_bytes is None:
             return "null"
         return json.dumps(views.budget_card(preview, max(views.to_bytes(gigabytes), preview.needs.smallest)))
 
@@ -67,7 +67,7 @@ def wire(budget: Budget, selection: gr.State, state: State) -> None:
             preview = state.preview(preview.settings)
         except MoepicError as error:
             state.tell("error", str(error))
-        return preview, json.dumps(views.budget_card(preview, preview.budget_bytes))
+        return preview, budget.show(preview)[1]
 
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     budget.slider.input(slide, [selection, budget.slider], budget.bar, trigger_mode="always_last", **quiet)

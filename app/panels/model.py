@@ -80,7 +80,10 @@ def wire(model: Model, budget: Budget, state: State, page: gr.Blocks) -> None:
         if not checkpoint:
             raise BadSettings("no checkpoint is chosen; pick one, or type a folder or a hub id")
         length = int(context) if context else None
-        return state.settings.replace(checkpoint=checkpoint, link=link, strategy=strategy, context_length=length)
+        vram = state.settings.vram if checkpoint == state.settings.checkpoint else "auto"
+        return state.settings.replace(
+            checkpoint=checkpoint, link=link, strategy=strategy, context_length=length, vram=vram
+        )
 
     def show(preview: Preview) -> list[Any]:
         """Values for selection, card, button, slider and bar."""

@@ -7,7 +7,6 @@ One `ExpertLayer` per MoE layer, attached to its experts module. Transformers' d
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +48,6 @@ class ExpertLayer:
             self._prefetch_next(residency, hidden_states)
             inputs: dict[int, Tensor] = {}
             for piece in step:
-                start_s = time.perf_counter()
                 expert = piece.expert
                 pair = pairs[expert]
                 if isinstance(pair, int):
@@ -59,7 +57,6 @@ class ExpertLayer:
                 else:
                     x = inputs[expert] = hidden_states[pair // top_k_index.shape[1]]
                 total.add(self.math.segment(x, piece.weights, expert, piece.start_row), pair)
-                residency.computed(self.position, piece, start_s)
         return total.total(top_k_weights, self.math.down_bias)
 
     def _pairs_of_one(self, top_k_index: Tensor) -> Mapping[int, int | Tensor]:
@@ -82,7 +79,7 @@ class ExpertLayer:
         return pairs, {expert: sizes[expert] for expert in sorted(pairs, key=lambda expert: -sizes[expert])}
 
     def _prefetch_next(self, residency: Residency, hidden_states: Tensor) -> None:
-        if self.next is None or self.next.router is None or not residency.prefetching:
+        if self.next is None or self.next.router is None or not residency.wants_guesses(self.next.position):
             return
         ranked = self.next.router(hidden_states)  # [tokens, k]
         if residency.decode:

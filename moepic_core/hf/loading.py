@@ -51,7 +51,8 @@ class ExpertSink:
         if len(self.modules) != len(self.spec.moe_layers):
             raise BadCheckpoint(
                 f"{self.spec.architecture} has {len(self.modules)} expert layers behind Transformers' experts "
-                f"interface, the files hold {len(self.spec.moe_layers)}; this family or this checkpoint's config is not supported"
+                f"interface, the files hold {len(self.spec.moe_layers)}; this family or this checkpoint's "
+                f"config is not supported"
             )
         for (name, module), layer in zip(self.modules.items(), self.spec.moe_layers, strict=True):
             check_layout(layer, dict(module.named_parameters(recurse=False)), layout_of(module), name)
@@ -114,7 +115,7 @@ def load_model(
                 raise sink.error from error
             if is_out_of_memory(error):
                 raise OutOfRoom(
-                    f"memory ran out while {spec.name} was loading; close other programs, or use device cpu and link disk"
+                    f"memory ran out while {spec.name} was loading; close other programs, or use the disk link"
                 ) from error
             raise BadCheckpoint(f"Transformers cannot load {spec.name}: {_first_line(error)}") from error
     _nothing_missing(spec, info)
@@ -192,7 +193,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        path, _, leaf = param_name.rpartition(".")
+        path, leaf = param_name.rsplit(".", 1)
         module = self.quantization_config.sink.modules.get(path)
         return module is not None and leaf in (layout_of(module).input_name, "down_proj")
 
@@ -208,7 +209,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
 
 class _Config(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, sink: ExpertSink | None = None, **_: Any) -> None:
-        self.quant_method: Any = _METHOD
+        self.quant_method = _METHOD
         self.sink = sink
 
     def to_dict(self) -> dict[str, Any]:

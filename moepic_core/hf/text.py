@@ -1,4 +1,4 @@
-"""Text in, text out: chat templates, tokens, sampling. All of it is Transformers' own; this file gives it our shapes."""
+"""Text in, text out: chat templates, tokens, sampling. All of it is Transformers' own, given our shapes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,267 @@
+"""The one engine behind the page: loading, failing, answering, stopping, changing the budget. No browser."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app import demo_checkpoint
+from app.nouns import Look
+from app.state import State
+
+from moepic_core.engine import Engine
+from moepic_core.errors import BadCheckpoint, BadSettings, Cancelled, OutOfRoom
+from moepic_core.spec import Settings
+
+CONTEXT = 256
+QUESTION = [{"role": "user", "content": "what?"}]
+
+
+def settings_for(folder: Path | str, **values: Any) -> Settings:
+    return Settings.create(
+        **{"checkpoint": str(folder), "device": "cpu", "link": "emulated:50MB/s", "context_length": CONTEXT, **values}
+    )
+
+
+@pytest.fixture
+def state(checkpoints: Callable[..., Path]) -> Iterator[State]:
+    state = State(settings_for(checkpoints("qwen3_moe")))
+    yield state
+    state.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("moepic", "reply", "load"))]
+
+
+def loaded(state: State) -> State:
+    state.load(state.settings)
+    state.wait()
+    assert state.look().notice is None
+    return state
+
+
+def greedy(state: State, max_new_tokens: int = 24) -> Iterator[str]:
+    return state.reply(QUESTION, temperature=0.0, top_p=1.0, max_new_tokens=max_new_tokens)
+
+
+def test_before_the_first_load_there_is_nothing(state: State) -> None:
+    assert state.look() == Look(0, None, None, None, None)
+    state.stop()
+    for action in (lambda: next(greedy(state)), lambda: state.reconfigure(vram="50%")):
+        with pytest.raises(BadSettings, match="no model is loaded"):
+            action()
+
+
+def test_a_load_counts_bytes_and_ends_ready(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    count = state._counter("loading", state.settings)
+    monkeypatch.setattr(state, "_counter", lambda *_: lambda *bytes_: (count(*bytes_), seen.append(state.look().progress)))
+    loaded(state)
+    done = [progress.done_bytes for progress in seen]
+    assert done == sorted(done)
+    assert done[-1] == seen[-1].total_bytes > 0
+    look = state.look()
+    assert (look.loads, look.progress) == (1, None)
+    assert look.loaded is not None
+    assert look.snapshot is not None
+    assert look.snapshot.phase == "idle"
+
+
+def test_the_answer_grows(state: State) -> None:
+    texts = list(greedy(loaded(state)))
+    assert len(texts) > 1
+    assert all(later.startswith(sooner) for sooner, later in zip(texts, texts[1:], strict=False))
+    assert list(greedy(state))[-1] == texts[-1]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_load_that_cannot_work_leaves_the_old_model_alone(
+    state: State, tmp_path: Path, checkpoints: Callable[..., Path], before: bool
+) -> None:
+    answer = list(greedy(loaded(state)))[-1] if before else None
+    engine = state._engine
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoints("qwen3_moe"), damaged)
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:5000])
+    for folder, words in ((tmp_path / "absent", "neither a folder nor a hub id"), (damaged, "model.safetensors")):
+        state.load(settings_for(folder))
+        state.wait()
+        notice = state.look().notice
+        assert notice is not None
+        assert notice.kind == "error"
+        assert words in notice.text
+    state.load(state.settings.replace(vram=1000))
+    state.wait()
+    assert "too small" in state.look().notice.text  # type: ignore[union-attr]
+    assert state._engine is engine
+    assert state.look().loads == int(before)
+    if before:
+        assert list(greedy(state))[-1] == answer
+
+
+@pytest.mark.parametrize("error", [OutOfRoom("no memory left"), Cancelled("stop"), ValueError("our mistake")])
+def test_when_reading_weights_fails_the_old_model_comes_back(
+    state: State, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    answer = list(greedy(loaded(state)))[-1]
+    mixtral, load = str(checkpoints("mixtral")), Engine.load
+
+    def failing(settings: Settings, *rest: Any) -> Engine:
+        if settings.checkpoint == mixtral:
+            raise error
+        return load(settings, *rest)
+
+    monkeypatch.setattr(Engine, "load", failing)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    state.load(settings_for(mixtral))
+    state.wait()
+    look = state.look()
+    assert look.loaded is not None
+    assert look.loaded.settings == state.settings
+    assert look.notice is not None
+    expected = {OutOfRoom: "no memory left", Cancelled: "cancelled", ValueError: "the console shows it"}
+    assert expected[type(error)] in look.notice.text
+    assert list(greedy(state))[-1] == answer
+
+
+def test_another_model_takes_over(state: State, checkpoints: Callable[..., Path]) -> None:
+    first = loaded(state)._engine
+    state.load(settings_for(checkpoints("mixtral"), link="disk", packed_dir=str(checkpoints("mixtral").parent)))
+    state.wait()
+    look = state.look()
+    assert look.notice is None
+    assert look.loaded is not None
+    assert look.loaded.spec.model_type == "mixtral"
+    assert first is not None
+    assert first._closed
+
+
+def test_one_load_at_a_time_and_it_can_be_cancelled(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+
+    def slow(settings: Settings, progress: Any, cancelled: Callable[[], bool]) -> Engine:
+        begun.set()
+        while not cancelled():
+            time.sleep(0.001)
+        raise Cancelled("loading was cancelled")
+
+    monkeypatch.setattr(Engine, "load", slow)
+    state.load(state.settings)
+    assert begun.wait(10)
+    with pytest.raises(BadSettings, match="being loaded already"):
+        state.load(state.settings)
+    state.cancel_load()
+    state.wait()
+    look = state.look()
+    assert (look.loaded, look.progress) == (None, None)
+    assert "was not loaded: cancelled" in look.notice.text  # type: ignore[union-attr]
+
+
+def test_closing_the_answer_stops_the_engine(state: State) -> None:
+    answer = greedy(loaded(state), max_new_tokens=CONTEXT)
+    text = next(answer)
+    answer.close()  # type: ignore[attr-defined]
+    snapshot = state.look().snapshot
+    assert snapshot is not None
+    assert snapshot.reply is not None
+    assert snapshot.phase == "idle"
+    assert 1 <= snapshot.reply.new_tokens < 100
+    assert list(greedy(state, max_new_tokens=CONTEXT))[-1].startswith(text)
+
+
+def test_stop_ends_the_answer_and_keeps_its_text(state: State) -> None:
+    answer = greedy(loaded(state), max_new_tokens=CONTEXT)
+    first = next(answer)
+    state.stop()
+    texts = [first, *answer]
+    assert texts[-1].startswith(first)
+    reply = state.look().snapshot.reply  # type: ignore[union-attr]
+    assert reply is not None
+    assert reply.new_tokens < 100
+
+
+def test_the_budget_changes_while_the_model_answers_and_the_answer_does_not(state: State) -> None:
+    expected = list(greedy(loaded(state), max_new_tokens=60))[-1]
+    answer = greedy(state, max_new_tokens=60)
+    texts = [next(answer)]
+    small = state.reconfigure(vram="90%").memory
+    texts.append(next(answer))
+    whole = state.reconfigure(vram="100%").memory
+    texts += answer
+    assert small.cache < whole.cache
+    assert texts[-1] == expected
+    assert state.look().loaded.settings.vram == "100%"  # type: ignore[union-attr]
+    with pytest.raises(OutOfRoom, match="too small"):
+        state.reconfigure(vram=1000)
+    assert state.preview(state.settings).budget_bytes == whole.budget
+
+
+def test_a_prompt_that_is_too_long_costs_the_answer_only(state: State) -> None:
+    loaded(state)
+    with pytest.raises(BadSettings, match="leaves no room in a context of 256"):
+        list(state.reply([{"role": "user", "content": "long " * CONTEXT}], 0.0, 1.0, 8))
+    assert list(greedy(state))
+
+
+def test_without_a_chat_template_the_text_is_continued(tmp_path: Path, checkpoints: Callable[..., Path]) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(checkpoints("qwen3_moe"), folder)
+    for file in folder.glob("*.jinja"):
+        file.unlink()
+    state = loaded(State(settings_for(folder)))
+    try:
+        assert "continues your text" in state.preview(state.settings).notes[-1]
+        assert list(greedy(state))
+    finally:
+        state.close()
+
+
+def test_a_preview_loads_nothing_and_agrees_with_the_load(state: State) -> None:
+    before = state.preview(state.settings)
+    assert state.look().loaded is None
+    assert before.needs is not None
+    after = loaded(state).preview(state.settings)
+    assert after.loaded
+    assert after.needs is not None
+    assert abs(after.needs.everything - before.needs.everything) < 0.05 * before.needs.everything
+    assert after.budget_bytes == state._engine.plan.memory.budget  # type: ignore[union-attr]
+
+
+def test_what_a_preview_refuses(state: State, tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match="no config.json"):
+        state.preview(settings_for(tmp_path))
+    with pytest.raises(BadSettings, match="'pigeon' is unknown"):
+        state.preview(state.settings.replace(link="pigeon"))
+    assert state.preview(settings_for("some/hub-id")).spec is None
+
+
+def test_closing_in_the_middle_of_everything(checkpoints: Callable[..., Path]) -> None:
+    state = loaded(State(settings_for(checkpoints("qwen3_moe"))))
+    answer = greedy(state, max_new_tokens=CONTEXT)
+    next(answer)
+    state.close()
+    assert state.look().loaded is None
+    list(answer)
+
+
+def test_the_demo_checkpoint_is_made_once_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEPIC_HOME", str(tmp_path))
+    state = loaded(State(settings_for(demo_checkpoint.NAME, vram="50%")))
+    try:
+        words = " ".join(list(greedy(state, max_new_tokens=12))[-1].split())
+        assert words.split()
+        assert set(words.split()) <= set(demo_checkpoint.WORDS.split())
+    finally:
+        state.close()
+    monkeypatch.setattr(demo_checkpoint, "make", lambda folder: pytest.fail("made twice"))
+    assert demo_checkpoint.demo_checkpoint() == tmp_path / "checkpoints" / demo_checkpoint.NAME
+
+
+def test_a_demo_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOEPIC_HOME", str(tmp_path / "file"))
+    with pytest.raises(OutOfRoom, match="give a --checkpoint, or set MOEPIC_HOME"):
+        demo_checkpoint.demo_checkpoint()
