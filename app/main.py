@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.middleware import Middleware
+from starlette.routing import Mount
 
 from moepic_core.calibrate import probe
 from moepic_core.errors import MoepicError
@@ -58,7 +60,7 @@ def serve(
         state.load(settings)  # not sooner: importing the engine would slow the page's own start
 
     try:
-        Server(build_app(state, host, auth), host, port, up).run()
+        Server(build_app(state, host, auth), state, host, port, up).run()
     except KeyboardInterrupt:
         print("\nEnding ...")
     finally:
@@ -75,11 +77,12 @@ def first_settings(checkpoint: str | None, vram: str | None = None, **settings: 
 
 
 class Server(uvicorn.Server):
-    """Says where it is as soon as it answers."""
+    """Says where it is as soon as it answers; when it ends, ends what open pages are being told."""
 
-    def __init__(self, app: FastAPI, host: str, port: int, ready: Callable[[str], None]) -> None:
-        # Open pages hold a connection for as long as they live, so waiting for them to end it would be for ever.
-        super().__init__(uvicorn.Config(app, host.strip("[]"), port, log_level="warning", timeout_graceful_shutdown=1))
+    def __init__(self, app: FastAPI, state: State, host: str, port: int, ready: Callable[[str], None]) -> None:
+        super().__init__(uvicorn.Config(app, host.strip("[]"), port, log_level="warning", timeout_graceful_shutdown=5))
+        self._state = state
+        self._gradio = next(app for app in map(_mounted, app.routes) if isinstance(app, gr.routes.App))
         name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
         self._address = f"http://{name}:{port}"
         self._ready = ready
@@ -87,6 +90,15 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready(self._address)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._state.stop()
+        self._gradio.stop_event.set()  # every open page holds a stream that nothing else would end
+        await super().shutdown(sockets)
+
+
+def _mounted(route: object) -> object:
+    return route.app if isinstance(route, Mount) else None
 
 
 def build_app(state: State, host: str = "127.0.0.1", auth: tuple[str, str] | None = None) -> FastAPI:
@@ -125,8 +137,10 @@ def build_app(state: State, host: str = "127.0.0.1", auth: tuple[str, str] | Non
 
 
 def build_page(state: State) -> gr.Blocks:
+    # Every block asks this variable whether to report home; a ChatInterface is one that Blocks' own switch does not reach.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     device = probe(state.settings.device).device
-    page = gr.Blocks(title="MoEpic", analytics_enabled=False, fill_width=True)
+    page = gr.Blocks(title="MoEpic", fill_width=True)
     with page:
         header.build()
         with gr.Row(elem_id="main"):

@@ -272,13 +272,16 @@ def _as_text(messages: Sequence[Message]) -> str:
 
 
 def _without(machine: MachineProfile, engine: Engine) -> MachineProfile:
-    """`machine` as it would be if the loaded model were gone."""
+    """`machine` as it would be if the loaded model were gone: what it holds is added, up to what was free before it."""
     device = engine.residency.arena.used_bytes
     host = 0 if engine.link.kind == "disk" else engine.spec.expert_bytes
     if machine.device == "cpu":
         device = host = device + host
+    before = engine.machine
     return dataclasses.replace(
         machine,
-        device_free_bytes=min(machine.device_total_bytes, machine.device_free_bytes + device),
-        host_free_bytes=min(machine.host_total_bytes, machine.host_free_bytes + host),
+        device_free_bytes=max(
+            machine.device_free_bytes, min(before.device_free_bytes, machine.device_free_bytes + device)
+        ),
+        host_free_bytes=max(machine.host_free_bytes, min(before.host_free_bytes, machine.host_free_bytes + host)),
     )

@@ -3,7 +3,7 @@
 "use strict";
 
 window.MoEpic ??= (() => {
-  const POLL_MS = { busy: 500, idle: 1500, loading: 250, hidden: 2000, longest: 8000 };
+  const POLL_MS = { soon: 200, busy: 500, idle: 1500, loading: 250, hidden: 2000, longest: 8000 };
   const listeners = new Set(); // called with every answer of the server, or with null when there is none
   let failures = 0;
   let timer = 0;
@@ -34,6 +34,14 @@ window.MoEpic ??= (() => {
     }
   }
 
+  function pollSoon() {
+    clearTimeout(timer);
+    timer = setTimeout(poll, POLL_MS.soon);
+  }
+
+  // What the user does probably changes what the server will say.
+  document.addEventListener("click", pollSoon);
+  document.addEventListener("keydown", (event) => event.key === "Enter" && pollSoon());
   document.addEventListener("visibilitychange", () => document.hidden || poll());
 
   // ---- small helpers ----

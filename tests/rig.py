@@ -73,12 +73,10 @@ class Rig:
         with self.residency.step(layer, counts) as step:
             if guesses:
                 self.residency.prefetch((layer + 1) % NUM_LAYERS, guesses)
-            for piece in step:
+            for piece in (piece for batch in step for piece in batch):
                 pairs = (routes.reshape(-1) == piece.expert).nonzero()[:, 0]
-                if x.shape[0] == 1:
-                    total.add(self.math.segment(x, piece.weights, piece.expert, piece.start_row), int(pairs[0]))
-                else:
-                    total.add(self.math.segment(x[pairs // TOP_K], piece.weights, piece.expert, piece.start_row), pairs)
+                y = self.math.segment(x[pairs // TOP_K], piece.weights, piece.expert, piece.start_row)
+                total.add(y, int(pairs[0]) if x.shape[0] == 1 else pairs)
         return total.total(weights, None)
 
     def reference(self, layer: int, x: Tensor, routes: Tensor, weights: Tensor) -> Tensor:

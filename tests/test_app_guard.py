@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
+from starlette.testclient import TestClient
+
 from app.guard import HEADERS
 from app.main import build_app
 from app.state import State
-from starlette.testclient import TestClient
-
 from moepic_core.spec import Settings
 
 ADDRESS = "http://127.0.0.1:7860"
@@ -80,6 +82,17 @@ def test_only_the_page_s_own_files_are_served(client: TestClient) -> None:
 def test_nothing_is_documented_to_programs(client: TestClient) -> None:
     assert client.get("/gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
     assert client.get("/openapi.json").status_code == 404
+
+
+def test_building_the_page_asks_nobody_for_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **options: asked.append(host) or [])
+    monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
+    before = set(threading.enumerate())
+    build_app(State(Settings.create(checkpoint="none")))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+    assert asked == []
 
 
 def basic(text: str) -> dict[str, str]:

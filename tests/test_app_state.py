@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
 import time
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from app import demo_checkpoint
 from app.nouns import Look
 from app.state import State
-
 from moepic_core.engine import Engine
 from moepic_core.errors import BadCheckpoint, BadSettings, Cancelled, OutOfRoom
 from moepic_core.spec import Settings
@@ -58,7 +59,9 @@ def test_before_the_first_load_there_is_nothing(state: State) -> None:
 def test_a_load_counts_bytes_and_ends_ready(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     count = state._counter("loading", state.settings)
-    monkeypatch.setattr(state, "_counter", lambda *_: lambda *bytes_: (count(*bytes_), seen.append(state.look().progress)))
+    monkeypatch.setattr(
+        state, "_counter", lambda *_: lambda *bytes_: (count(*bytes_), seen.append(state.look().progress))
+    )
     loaded(state)
     done = [progress.done_bytes for progress in seen]
     assert done == sorted(done)
@@ -73,7 +76,7 @@ def test_a_load_counts_bytes_and_ends_ready(state: State, monkeypatch: pytest.Mo
 def test_the_answer_grows(state: State) -> None:
     texts = list(greedy(loaded(state)))
     assert len(texts) > 1
-    assert all(later.startswith(sooner) for sooner, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(sooner) for sooner, later in itertools.pairwise(texts))
     assert list(greedy(state))[-1] == texts[-1]
 
 
@@ -231,7 +234,7 @@ def test_a_preview_loads_nothing_and_agrees_with_the_load(state: State) -> None:
 
 
 def test_what_a_preview_refuses(state: State, tmp_path: Path) -> None:
-    with pytest.raises(BadCheckpoint, match="no config.json"):
+    with pytest.raises(BadCheckpoint, match=r"no config\.json"):
         state.preview(settings_for(tmp_path))
     with pytest.raises(BadSettings, match="'pigeon' is unknown"):
         state.preview(state.settings.replace(link="pigeon"))

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from app import conversation, demo_checkpoint, views
-from app.nouns import Loaded, Look, Notice, Preview, Progress
-from app.panels.budget import wanted_vram
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app import conversation, demo_checkpoint, views
+from app.nouns import Loaded, Look, Notice, Preview, Progress
+from app.panels.budget import wanted_vram
 from moepic_core.links import parse_link
 from moepic_core.metrics import NUM_COUNTS, Counters, Reply, Scope, Snapshot
 from moepic_core.planner import Needs, budget_bytes
@@ -108,7 +108,9 @@ def test_emulated_links_and_random_weights_are_named_beside_the_figures() -> Non
     demo = look()
     assert demo.loaded is not None
     settings = demo.loaded.settings.replace(checkpoint=demo_checkpoint.NAME)
-    assert views.live(replace(demo, loaded=replace(demo.loaded, settings=settings)))["warning"] == demo_checkpoint.WARNING
+    assert (
+        views.live(replace(demo, loaded=replace(demo.loaded, settings=settings)))["warning"] == demo_checkpoint.WARNING
+    )
 
 
 def test_what_goes_live_is_json() -> None:

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import launch
 import pytest
+
+import launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +48,18 @@ def test_help_names_every_option_and_the_test_command(capsys: pytest.CaptureFixt
         launch.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for option in ("checkpoint", "vram", "device", "link", "strategy", "host", "port", "auth", "no-browser", "no-setup"):
+    for option in (
+        "checkpoint",
+        "vram",
+        "device",
+        "link",
+        "strategy",
+        "host",
+        "port",
+        "auth",
+        "no-browser",
+        "no-setup",
+    ):
         assert f"--{option}" in text
     assert "launch.py test" in text
 
@@ -220,7 +232,11 @@ def test_the_test_command_runs_every_check_and_keeps_the_first_failure(
     ],
 )
 def test_a_mistake_about_the_model_ends_the_start(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MOEPIC_HOME", str(tmp_path))
     assert launch.main(["--no-setup", "--no-browser", *arguments]) == 2
@@ -231,6 +247,10 @@ def test_a_mistake_about_the_model_ends_the_start(
 
 def test_it_starts_from_any_folder(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), "--help"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ}
+        [sys.executable, str(ROOT / "launch.py"), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ},
     )
     assert run.returncode == 0, run.stderr

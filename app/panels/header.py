@@ -8,6 +8,7 @@ import gradio as gr
 
 from .. import views
 
+
 def build() -> None:
     figures = "".join(
         f'<div title="{escape(figure.definition)}"><dt>{figure.label}</dt>'

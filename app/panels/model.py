@@ -56,13 +56,14 @@ def build(device: DeviceKind) -> Model:
                 label="Link",
                 allow_custom_value=device == "cpu",
                 interactive=device == "cpu",
-                min_width=120,
+                scale=6,
+                min_width=150,
                 elem_id="link",
             )
             strategies = [(name, name) for name in STRATEGIES]
-            strategy = gr.Dropdown(strategies, label="Strategy", min_width=120, elem_id="strategy")
+            strategy = gr.Dropdown(strategies, label="Strategy", scale=4, min_width=120, elem_id="strategy")
             context = gr.Number(label="Context (tokens)", precision=0, minimum=1, placeholder="up to 4096",
-                                min_width=100, elem_id="context")  # fmt: skip
+                                scale=3, min_width=90, elem_id="context")  # fmt: skip
         refresh = gr.Button(visible="hidden", elem_id="refresh")
     return Model(checkpoint, link, strategy, context, card, load, cancel, refresh, gr.State(None))
 
@@ -97,11 +98,11 @@ def wire(model: Model, budget: Budget, state: State, page: gr.Blocks) -> None:
 
     def choose(*choices: Any) -> list[Any]:
         """Something else was picked: says what it would need. A change of strategy alone holds at once."""
+        state.clear_notice()
         try:
             wanted = settings(*choices)
             loaded = state.look().loaded
             if loaded is not None and wanted == loaded.settings.replace(strategy=wanted.strategy, vram=wanted.vram):
-                state.clear_notice()
                 state.reconfigure(strategy=wanted.strategy)
             return show(state.preview(wanted))
         except MoepicError as error:
