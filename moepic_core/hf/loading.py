@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ class ExpertSink:
         self.spec = spec
         self.store = store
         self.modules: dict[str, nn.Module] = {}  # experts modules by path, in the order of execution
+        self.shapes: dict[str, torch.Size] = {}  # of every parameter, as the config wants them
         self._parts: dict[str, dict[str, Tensor]] = {}
         self.error: MoepicError | None = None
 
@@ -54,6 +55,7 @@ class ExpertSink:
                 f"interface, the files hold {len(self.spec.moe_layers)}; this family or this checkpoint's "
                 f"config is not supported"
             )
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for (name, module), layer in zip(self.modules.items(), self.spec.moe_layers, strict=True):
             check_layout(layer, dict(module.named_parameters(recurse=False)), layout_of(module), name)
             module._is_hf_initialized = True  # type: ignore[assignment]  # no random numbers for weights that arrive elsewhere
@@ -119,6 +121,8 @@ def load_model(
                 ) from error
             raise BadCheckpoint(f"Transformers cannot load {spec.name}: {_first_line(error)}") from error
     _nothing_missing(spec, info)
+    for name, parameter in model.named_parameters():  # some versions load what does not fit without a word
+        _check_shape(name, parameter.shape, sink.shapes[name])
     store.seal()
     for module in sink.modules.values():
         if hasattr(module, "down_proj"):  # dropped before loading when the store was complete already
@@ -155,7 +159,11 @@ def _nothing_missing(spec: ModelSpec, info: Mapping[str, Any]) -> None:
     if missing:
         raise BadCheckpoint(f"{spec.name} lacks {len(missing)} tensors, among them {missing[0]}; download it again")
     if info["mismatched_keys"]:
-        name, found, wanted = next(iter(sorted(info["mismatched_keys"])))
+        _check_shape(*min(info["mismatched_keys"]))
+
+
+def _check_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(found) != tuple(wanted):
         raise BadCheckpoint(
             f"{name} has shape {list(found)} but the config asks for {list(wanted)}; the checkpoint is damaged"
         )
