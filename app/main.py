@@ -80,11 +80,12 @@ class Server(uvicorn.Server):
     """Says where it is as soon as it answers; when it ends, ends what open pages are being told."""
 
     def __init__(self, app: FastAPI, state: State, host: str, port: int, ready: Callable[[str], None]) -> None:
-        super().__init__(uvicorn.Config(app, host.strip("[]"), port, log_level="warning", timeout_graceful_shutdown=5))
+        host = host.strip("[]")
+        super().__init__(uvicorn.Config(app, host, port, log_level="warning", timeout_graceful_shutdown=5))
         self._state = state
         self._gradio = next(app for app in map(_mounted, app.routes) if isinstance(app, gr.routes.App))
-        name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-        self._address = f"http://{name}:{port}"
+        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self._address = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -137,7 +138,7 @@ def build_app(state: State, host: str = "127.0.0.1", auth: tuple[str, str] | Non
 
 
 def build_page(state: State) -> gr.Blocks:
-    # Every block asks this variable whether to report home; a ChatInterface is one that Blocks' own switch does not reach.
+    # Whether to report home. `Blocks` takes it as an argument too, but that does not reach the ChatInterface inside.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     device = probe(state.settings.device).device
     page = gr.Blocks(title="MoEpic", fill_width=True)
@@ -151,8 +152,8 @@ def build_page(state: State) -> gr.Blocks:
             budget_panel = budget.build("RAM" if device == "cpu" else "VRAM")
             answers_panel = answers.build()
         with talk:
-            message = chat.build(answers_panel, state)
+            chat_panel = chat.build()
         model.wire(model_panel, budget_panel, state, page)
         budget.wire(budget_panel, model_panel.selection, state)
-        chat.wire(message, state)
+        chat.wire(chat_panel, answers_panel, state)
     return page

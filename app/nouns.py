@@ -46,6 +46,13 @@ class Loaded:
     has_chat_template: bool
     notices: tuple[str, ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about this model for as long as it is loaded."""
+        if self.has_chat_template:
+            return self.notices
+        return (*self.notices, "this checkpoint has no chat template, so it continues your text instead of answering")
+
 
 @dataclass(frozen=True)
 class Look:

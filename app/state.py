@@ -9,6 +9,7 @@ conversation, settings and the model that answers now survive it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,7 +27,7 @@ from moepic_core.spec import MachineProfile, Plan, Settings
 from moepic_core.units import parse_bytes
 from moepic_core.verdict import judge
 
-from . import checkpoints
+from . import checkpoints, conversation
 from .nouns import Loaded, Look, Notice, Preview, Progress
 
 if TYPE_CHECKING:  # importing the engine takes seconds, so the first load does that while the page is up already
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # importing the engine takes seconds, so the first load does 
     from moepic_core.hf.text import Message
 
 UPDATE_S = 0.045  # the browser needs 8 ms to draw an answer anew: about 20 times a second is smooth and cheap
+CALM_TURNS = 5  # updates without news between two that are told nevertheless
 NEED_A_LOAD = ("checkpoint", "device", "link", "dtype", "context_length")  # settings that only a load can change
 
 
@@ -85,7 +87,7 @@ class State:
         link = parse_link(settings.link, machine.device)
         if engine is not None and loaded is not None and is_same_model(settings, loaded.settings):
             verdict = judge(loaded.spec, loaded.needs, machine, settings.link)
-            budget, notes = engine.plan.memory.budget, _notes(loaded)
+            budget, notes = engine.plan.memory.budget, loaded.notes
             return Preview(loaded.settings, machine, link, loaded.spec, loaded.needs, verdict, budget, True, notes)
         folder = checkpoints.folder(settings.checkpoint)
         if folder is None:
@@ -121,14 +123,23 @@ class State:
             loader.join()
 
     def reply(
-        self, messages: Sequence[Message], temperature: float, top_p: float, max_new_tokens: int
+        self,
+        messages: Sequence[Message],
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        stopped: Callable[[], bool],
     ) -> Iterator[str]:
-        """The answer so far, again and again as it grows. Closing the iterator stops it. Raises a MoepicError."""
+        """The answer so far, again and again as it grows, until it is complete or `stopped` says so.
+
+        Now and then the text comes without being longer: closing the iterator between two texts stops the engine too,
+        also while a long prompt is read. Raises a MoepicError.
+        """
         from moepic_core.hf.text import Sampling
 
         engine = self._ready_engine()
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-        prompt: Any = messages if engine.text.has_chat_template else _as_text(messages)
+        prompt: Any = messages if engine.text.has_chat_template else conversation.as_text(messages)
         pieces: list[str] = []
         closed = threading.Event()  # the engine forgets a stop that comes before the reply has begun; this does not
 
@@ -145,10 +156,16 @@ class State:
         with ThreadPoolExecutor(1, "reply") as thread:
             working = thread.submit(work)
             try:
-                while not wait([working], UPDATE_S).done or num_shown < len(pieces):
-                    if num_shown < len(pieces):
+                for turn in itertools.count():
+                    done = bool(wait([working], UPDATE_S).done)
+                    if stopped() and not closed.is_set():
+                        closed.set()
+                        engine.request_stop()
+                    if num_shown < len(pieces) or turn % CALM_TURNS == 0:
                         num_shown = len(pieces)
                         yield "".join(pieces[:num_shown])
+                    if done and num_shown == len(pieces):
+                        break
                 working.result()
             finally:
                 closed.set()
@@ -259,16 +276,6 @@ class State:
 def is_same_model(one: Settings, other: Settings) -> bool:
     """Whether changing from `one` to `other` needs no loading."""
     return all(getattr(one, name) == getattr(other, name) for name in NEED_A_LOAD)
-
-
-def _notes(loaded: Loaded) -> tuple[str, ...]:
-    if loaded.has_chat_template:
-        return loaded.notices
-    return (*loaded.notices, "this checkpoint has no chat template, so it continues your text instead of answering")
-
-
-def _as_text(messages: Sequence[Message]) -> str:
-    return "\n\n".join(message["content"] for message in messages)
 
 
 def _without(machine: MachineProfile, engine: Engine) -> MachineProfile:

@@ -136,11 +136,12 @@ window.MoEpic ??= (() => {
     const facts = make("dl", "facts");
     const notes = make("ul", "notes");
     root.replaceChildren(verdict, progress, facts, notes);
-    let shownLoads = null; // how many models had been loaded when the card was written
+    let shownLoads = null; // how many models had been loaded when the card was written; null before the first card
     let askedLoads = null;
 
     follow(props, watch, (card) => {
       shownLoads = card.loads ?? null;
+      askedLoads = null;
       verdict.dataset.step = card.step ?? "";
       const mark = make("i", "", MARKS[card.step] ?? "");
       mark.setAttribute("aria-hidden", "true");
@@ -149,7 +150,10 @@ window.MoEpic ??= (() => {
       notes.replaceChildren(...(card.notes ?? []).map((note) => make("li", "", note)));
     });
     listeners.add((live) => {
-      if (live === null) return;
+      if (live === null) {
+        shownLoads = -1; // the server that comes back may be another one
+        return;
+      }
       progress.hidden = !live.progress.text;
       verdict.hidden = !progress.hidden;
       say(words, live.progress.text);

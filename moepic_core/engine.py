@@ -21,7 +21,6 @@ from torch import Tensor
 from .arena import Arena, is_out_of_memory
 from .calibrate import probe
 from .checkpoint import read_spec
-from .crew import Crew
 from .errors import BadSettings, Cancelled, MoepicError, OutOfRoom
 from .events import Done, Event, FinishReason, Notice, PromptRead, TokenMade
 from .finder import resolve
@@ -60,7 +59,6 @@ class Engine:
         hf: HfModel,
         text: Text,
         residency: Residency,
-        crew: Crew | None,
         needs: Needs,
         notices: list[str],
     ) -> None:
@@ -72,7 +70,6 @@ class Engine:
         self.hf = hf
         self.text = text
         self.residency = residency
-        self.crew = crew
         self.needs = needs
         self.notices = notices
         self.context_length = context_length(settings, spec)
@@ -153,8 +150,7 @@ class Engine:
         stop = threading.Event()
         dtype = getattr(torch, spec.dtype)
         residency = Residency(spec.moe_layers, dtype, store, _transfer(link, device), arena, telemetry, stop.is_set)
-        crew = Crew.for_machine() if machine.device == "cpu" else None
-        install(model, layers, list(modules.values()), residency, crew)
+        install(model, layers, list(modules.values()), residency)
         notices = [store.notice] if store.notice else []
         if plan.predictor != "none" and any(layer.router is None for layer in layers):
             notices.append(f"{spec.architecture}: no router was found beside some experts, so those are not prefetched")
@@ -163,7 +159,7 @@ class Engine:
                 f"{spec.architecture} cannot continue a prompt in Transformers: prompts run in one pass, and every "
                 f"turn reads the whole conversation again"
             )
-        engine = cls(settings, spec, machine, link, hf, text, residency, crew, needs, notices)
+        engine = cls(settings, spec, machine, link, hf, text, residency, needs, notices)
         engine._stop = stop
         try:
             engine._apply(plan)
@@ -263,8 +259,6 @@ class Engine:
             self._closed = True
             self.residency.close()
             self.residency.store.close()
-            if self.crew is not None:
-                self.crew.close()
             self.hf.forget()
 
     def __enter__(self) -> Engine:

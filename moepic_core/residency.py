@@ -293,29 +293,16 @@ class Step:
             raise
         return self
 
-    def __iter__(self) -> Iterator[list[Piece]]:
-        """Batches of pieces that are ready: all there are while decoding, one at a time in a prompt.
-
-        In a prompt every finished expert makes room in staging for the next, so that waiting for a batch would idle the
-        link.
-        """
+    def __iter__(self) -> Iterator[Piece]:
         while self._ready or self._arriving:
-            parts = self._next()
-            yield [Piece(part.need.expert, part.start_row, self._weights(part)) for part in parts]
-            for part in parts:
-                part.need.left -= 1
-                if part.need.left == 0 and part.need not in self._waiting:
-                    self._finish(part.need)
-
-    def computed(self, piece: Piece, start_s: float, end_s: float) -> None:
-        """The caller computed `piece` in this time."""
-        num_rows = piece.weights.shape[0]
-        part = Part.TOP if piece.start_row == 0 else Part.BOTTOM
-        if num_rows == self.cache.geometry.neurons:
-            part = Part.WHOLE
-        self.residency.telemetry.event(
-            EventKind.COMPUTE, self.layer, piece.expert, part, start_s, end_s, 0, self.residency.token
-        )
+            need, start_row, _ = part = self._next()
+            piece = Piece(need.expert, start_row, self._weights(part))
+            start_s = time.perf_counter()
+            yield piece
+            self._computed(piece, start_s)
+            need.left -= 1
+            if need.left == 0 and need not in self._waiting:
+                self._finish(need)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -406,29 +393,22 @@ class Step:
         else:
             self._ready.append(_Part(need, start_row, tickets))
 
-    def _next(self) -> list[_Part]:
-        """The pieces whose data is here; waits (and counts a stall) only when nothing is."""
-        if not self._ready and not any(part.arrived() for part in self._arriving):
-            self._stall(self._arriving[0])
-        here = [part for part in self._arriving if part.arrived()] if self.residency.decode or not self._ready else []
-        for part in here:
-            for ticket in part.tickets:
-                ticket.wait()  # returns at once; raises if the transfer failed, and orders streams on a GPU
-            slot = part.need.slot
-            if slot is not None and slot.state is SlotState.ARRIVING and part.start_row == 0:
-                self.cache.arrived(slot)
-            self._arriving.remove(part)
-        self._ready.extend(here)
-        count = len(self._ready) if self.residency.decode else 1
-        return [self._ready.popleft() for _ in range(count)]
-
-    def _stall(self, part: _Part) -> None:
-        """Waits for `part`, the first that was asked for."""
+    def _next(self) -> _Part:
+        """The next piece whose data is here; waits (and counts a stall) only when nothing is."""
+        if self._ready:
+            return self._ready.popleft()
+        position = next((place for place, part in enumerate(self._arriving) if part.arrived()), 0)
+        part = self._arriving[position]
         start_s = time.perf_counter()
         stalled_s = sum(ticket.wait(self.residency.cancelled) for ticket in part.tickets)
         if stalled_s > 0:
             telemetry, token = self.residency.telemetry, self.residency.token
             telemetry.event(EventKind.STALL, self.layer, -1, Part.WHOLE, start_s, start_s + stalled_s, 0, token)
+        del self._arriving[position]
+        slot = part.need.slot
+        if slot is not None and slot.state is SlotState.ARRIVING and part.start_row == 0:
+            self.cache.arrived(slot)
+        return part
 
     def _weights(self, part: _Part) -> Tensor:
         need, geometry, rows = part.need, self.cache.geometry, self.cache.top_rows
@@ -437,6 +417,16 @@ class Step:
         assert need.staged is not None
         stop_row = rows if part.start_row == 0 and rows > 0 else geometry.neurons
         return rows_of(need.staged.buffer, geometry, self.residency.dtype, part.start_row, stop_row)
+
+    def _computed(self, piece: Piece, start_s: float) -> None:
+        """The caller came back for the next piece: it computed `piece` from `start_s` until now."""
+        now_s, num_rows = time.perf_counter(), piece.weights.shape[0]
+        part = Part.TOP if piece.start_row == 0 else Part.BOTTOM
+        if num_rows == self.cache.geometry.neurons:
+            part = Part.WHOLE
+        self.residency.telemetry.event(
+            EventKind.COMPUTE, self.layer, piece.expert, part, start_s, now_s, 0, self.residency.token
+        )
 
     def _finish(self, need: _Need) -> None:
         """The expert is computed: its slot may be evicted again, its buffer serves the next."""

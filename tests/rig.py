@@ -73,10 +73,12 @@ class Rig:
         with self.residency.step(layer, counts) as step:
             if guesses:
                 self.residency.prefetch((layer + 1) % NUM_LAYERS, guesses)
-            for piece in (piece for batch in step for piece in batch):
+            for piece in step:
                 pairs = (routes.reshape(-1) == piece.expert).nonzero()[:, 0]
-                y = self.math.segment(x[pairs // TOP_K], piece.weights, piece.expert, piece.start_row)
-                total.add(y, int(pairs[0]) if x.shape[0] == 1 else pairs)
+                if x.shape[0] == 1:
+                    total.add(self.math.segment(x, piece.weights, piece.expert, piece.start_row), int(pairs[0]))
+                else:
+                    total.add(self.math.segment(x[pairs // TOP_K], piece.weights, piece.expert, piece.start_row), pairs)
         return total.total(weights, None)
 
     def reference(self, layer: int, x: Tensor, routes: Tensor, weights: Tensor) -> Tensor:

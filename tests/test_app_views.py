@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from app import conversation, demo_checkpoint, views
 from app.nouns import Loaded, Look, Notice, Preview, Progress
+from app.panels import chat
 from app.panels.budget import wanted_vram
 from moepic_core.links import parse_link
 from moepic_core.metrics import NUM_COUNTS, Counters, Reply, Scope, Snapshot
@@ -204,7 +205,7 @@ def part(text: str) -> list[dict[str, str]]:
 )
 def test_the_conversation_that_the_model_reads(system: str, history: list[Any], wanted: list[Any]) -> None:
     entries = [{"role": role, "content": part(text), "metadata": None, "options": None} for role, text in history]
-    turns = conversation.messages(system, entries, "now")
+    turns = conversation.messages(system, [*entries, {"role": "user", "content": "now"}])
     assert [(turn["role"], turn["content"]) for turn in turns] == wanted
 
 
@@ -214,4 +215,28 @@ def test_reasoning_of_earlier_turns_is_left_out() -> None:
         {"role": "assistant", "content": part("hm"), "metadata": {"title": "Reasoning"}},
         {"role": "assistant", "content": "b", "metadata": None},
     ]
-    assert [turn["content"] for turn in conversation.messages("", history, "now")] == ["a", "b", "now"]
+    assert [turn["content"] for turn in conversation.messages("", history)] == ["a", "b"]
+
+
+HISTORY = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("assistant", "e")]
+
+
+@pytest.mark.parametrize(
+    ("history", "retried", "undone"),
+    [
+        (HISTORY, HISTORY[:3], ("c", HISTORY[:2])),
+        (HISTORY[:3], HISTORY[:3], ("c", HISTORY[:2])),
+        (HISTORY[:2], HISTORY[:1], ("a", [])),
+        ([], [], ("", [])),
+    ],
+)
+def test_retry_and_undo_cut_at_the_last_question(history: list[Any], retried: list[Any], undone: Any) -> None:
+    entries = [{"role": role, "content": part(text)} for role, text in history]
+    assert chat.retry(entries) == entries[: len(retried)]
+    assert chat.undo(entries) == (undone[0], entries[: len(undone[1])])
+
+
+@pytest.mark.parametrize(("text", "sent"), [("hello", True), (" \n", False), ("", False)])
+def test_only_words_are_sent(text: str, sent: bool) -> None:
+    left, history = chat.send(text, [])
+    assert (left, len(history)) == (("", 1) if sent else (text, 0))

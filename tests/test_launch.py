@@ -117,7 +117,7 @@ def test_the_next_free_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.choose_port("127.0.0.1", port) == port
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+@pytest.mark.parametrize("host", ["203.0.113.7", "no-such-host.invalid"])
 def test_a_host_that_is_not_ours(host: str) -> None:
     with pytest.raises(launch.LaunchError, match=f"--host {host} is not an address of this machine"):
         launch.choose_port(host, None)

@@ -22,7 +22,7 @@ LAYERS = {
     "thought": "geometry eviction predictor trace metrics telemetry planner verdict",
     "bytes": "safetensors_header shards model_config checkpoint lazy_tensors finder packing expert_math",
     "places": "transfer.base transfer.clocks transfer.ledger transfer.pinning transfer.thread transfer.cuda "
-    "arena host_store device_cache staging crew calibrate",
+    "arena host_store device_cache staging calibrate",
     "joint": "residency hf.loading hf.model hf.text hf.experts hf.probe",
     "whole": "engine",
     "door": "cli __main__",
@@ -37,7 +37,7 @@ PRIVILEGES = {
     "huggingface_hub": ("finder",),
     "psutil": ("calibrate",),
     "ctypes": ("transfer.",),
-    "threading": ("transfer.", "crew", "engine", "telemetry", "finder"),  # the last three for one lock each
+    "threading": ("transfer.", "engine", "telemetry", "finder"),  # the last three for one lock each
     "argparse": ("cli",),
     **dict.fromkeys(("asyncio", "concurrent", "multiprocessing", "queue", "subprocess", "socket"), ()),
     **dict.fromkeys(("app", "launch", "gradio", "plotly"), ()),

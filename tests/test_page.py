@@ -161,6 +161,35 @@ def test_stop_ends_the_answer_and_the_next_question_works(page: Page) -> None:
     expect(page.locator("#conversation .user.message").last).to_have_text("And now?")
 
 
+def test_retry_undo_and_edit(page: Page) -> None:
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("button", name="Select example 2").click()
+    answers, questions = page.locator("#conversation .bot.message"), page.locator("#conversation .user.message")
+    expect(answers).to_have_count(1, timeout=15_000)
+    stop(page)
+    page.get_by_role("button", name="Retry").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    expect(answers).to_have_count(1, timeout=15_000)
+    stop(page)
+    page.get_by_role("button", name="Edit").click()
+    page.locator("#conversation textarea").fill("Edited")
+    page.get_by_role("button", name="Submit").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    expect(questions).to_have_text(["Edited"])
+    stop(page)
+    page.get_by_role("button", name="Undo").click()
+    expect(page.get_by_label("Message", exact=True)).to_have_value("Edited")
+    expect(page.locator("#conversation .message")).to_have_count(0)
+
+
+def test_leaving_the_page_stops_the_answer(page: Page, open_page: Callable[..., Page]) -> None:
+    other = open_page()
+    ask(other)
+    expect(page.locator("[data-live=status]")).to_have_text("answering")
+    other.context.close()
+    expect(page.locator("[data-live=status]")).to_have_text("ready")
+
+
 def budget(page: Page) -> str:
     return page.locator(".memory .budget b").inner_text()
 
@@ -193,8 +222,9 @@ def type_checkpoint(page: Page, name: str) -> None:
 
 
 def test_a_bad_checkpoint_costs_one_sentence(page: Page, tmp_path: Path) -> None:
+    ask(page)
+    stop(page)
     num_messages = page.locator("#conversation .message").count()
-    assert num_messages > 0
     type_checkpoint(page, str(tmp_path / "absent"))
     sentence = f"'{tmp_path / 'absent'}' is neither a folder nor a hub id"
     expect(page.locator(".verdict")).to_contain_text(sentence)

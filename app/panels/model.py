@@ -15,7 +15,7 @@ from moepic_core.units import format_bytes
 
 from .. import checkpoints, views
 from ..nouns import Preview
-from ..state import State
+from ..state import State, is_same_model
 from .budget import Budget, wanted_vram
 
 
@@ -102,7 +102,7 @@ def wire(model: Model, budget: Budget, state: State, page: gr.Blocks) -> None:
         try:
             wanted = settings(*choices)
             loaded = state.look().loaded
-            if loaded is not None and wanted == loaded.settings.replace(strategy=wanted.strategy, vram=wanted.vram):
+            if loaded is not None and is_same_model(wanted, loaded.settings):
                 state.reconfigure(strategy=wanted.strategy)
             return show(state.preview(wanted))
         except MoepicError as error:

@@ -7,7 +7,6 @@ One `ExpertLayer` per MoE layer, attached to its experts module. Transformers' d
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 
-from ..crew import Crew
 from ..expert_math import Combine, ExpertMath, PairSum
-from ..residency import Piece, Residency
+from ..residency import Residency
 from ..spec import MoeLayer
 from .loading import layout_of
 
@@ -34,7 +32,6 @@ class ExpertLayer:
         self.math = math_of(module)
         self.position = -1
         self.residency: Residency | None = None
-        self.crew: Crew | None = None  # computes while decoding, where there is one
         self.next: ExpertLayer | None = None  # whose experts are prefetched while this layer computes
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -49,19 +46,17 @@ class ExpertLayer:
         total = PairSum(hidden_states, top_k_index)
         with residency.step(self.position, counts) as step:
             self._prefetch_next(residency, hidden_states)
-
-            def compute(piece: Piece) -> tuple[Tensor, float, float]:
-                start_s = time.perf_counter()
-                pair = pairs[piece.expert]
-                x = hidden_states if isinstance(pair, int) else hidden_states[pair // top_k_index.shape[1]]
-                y = self.math.segment(x, piece.weights, piece.expert, piece.start_row)
-                return y, start_s, time.perf_counter()
-
-            run = map if self.crew is None or not residency.decode else self.crew.map
-            for batch in step:
-                for piece, (y, start_s, end_s) in zip(batch, run(compute, batch), strict=True):
-                    total.add(y, pairs[piece.expert])
-                    step.computed(piece, start_s, end_s)
+            inputs: dict[int, Tensor] = {}
+            for piece in step:
+                expert = piece.expert
+                pair = pairs[expert]
+                if isinstance(pair, int):
+                    x = hidden_states
+                elif expert in inputs:
+                    x = inputs.pop(expert)
+                else:
+                    x = inputs[expert] = hidden_states[pair // top_k_index.shape[1]]
+                total.add(self.math.segment(x, piece.weights, expert, piece.start_row), pair)
         return total.total(top_k_weights, self.math.down_bias)
 
     def _pairs_of_one(self, top_k_index: Tensor) -> Mapping[int, int | Tensor]:
@@ -97,18 +92,13 @@ class ExpertLayer:
 
 
 def install(
-    model: nn.Module,
-    layers: Sequence[ExpertLayer],
-    modules: Sequence[nn.Module],
-    residency: Residency,
-    crew: Crew | None,
+    model: nn.Module, layers: Sequence[ExpertLayer], modules: Sequence[nn.Module], residency: Residency
 ) -> None:
     """Connects the layers with the residency and switches the model over."""
     register()
     for position, (layer, module) in enumerate(zip(layers, modules, strict=True)):
         layer.position = position
         layer.residency = residency
-        layer.crew = crew
         layer.next = layers[(position + 1) % len(layers)]
         module.moepic_layer = layer  # type: ignore[assignment]
     model.set_experts_implementation(_NAME)  # type: ignore[operator]
