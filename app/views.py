@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from moepic_core.metrics import METRICS, Figures, Reply
-from moepic_core.spec import ModelSpec, Plan
+from moepic_core.spec import ModelSpec
 from moepic_core.units import format_bytes
 
 from . import demo_checkpoint
@@ -165,27 +165,22 @@ def to_bytes(gigabytes: float) -> int:
     return round(gigabytes * GB)
 
 
-def budget_card(preview: Preview, budget: int) -> dict[str, Any]:
-    """The memory bar for `budget`, what it buys, and whether it is in force already."""
+def budget_card(preview: Preview, budget: int, in_use: int | None) -> dict[str, Any]:
+    """The memory bar for `budget`, what it buys, and whether it is the one `in_use` (None: the model is not loaded)."""
     assert preview.needs is not None, preview.settings.checkpoint
-    return _memory(preview.plan(budget), max(preview.needs.everything, budget), preview)
-
-
-def _memory(plan: Plan, width: int, preview: Preview) -> dict[str, Any]:
-    memory = plan.memory
-    parts = [(kind, label, getattr(memory, kind)) for kind, label in MEMORY.items()]
-    parts.append(("left", "Left over", memory.budget - memory.used))
-    in_force = preview.loaded and memory.budget == preview.budget_bytes
+    plan, width = preview.plan(budget), max(preview.needs.everything, budget)
+    parts = [(kind, label, getattr(plan.memory, kind)) for kind, label in MEMORY.items()]
+    parts.append(("left", "Left over", budget - plan.memory.used))
     return {
         "parts": [
             {"kind": kind, "label": label, "text": format_bytes(nbytes), "share": nbytes / width}
             for kind, label, nbytes in parts
         ],
-        "budget": format_bytes(memory.budget),
+        "budget": format_bytes(budget),
         "everything": format_bytes(width),
-        "share": memory.budget / width,
+        "share": budget / width,
         "reason": plan.reason,
-        "state": "in use" if in_force else "release to apply" if preview.loaded else "used when you load",
+        "state": "used when you load" if in_use is None else "in use" if in_use == budget else "release to apply",
     }
 
 

@@ -146,7 +146,8 @@ window.MoEpic ??= (() => {
       const mark = make("i", "", MARKS[card.step] ?? "");
       mark.setAttribute("aria-hidden", "true");
       verdict.replaceChildren(mark, make("span", "", card.verdict ?? ""));
-      facts.replaceChildren(...(card.facts ?? []).flatMap(([name, fact]) => [make("dt", "", name), make("dd", "", fact)]));
+      const rows = (card.facts ?? []).flatMap(([name, fact]) => [make("dt", "", name), make("dd", "", fact)]);
+      facts.replaceChildren(...rows);
       notes.replaceChildren(...(card.notes ?? []).map((note) => make("li", "", note)));
     });
     listeners.add((live) => {

@@ -1,7 +1,7 @@
 """Takes the README's pictures from the real application: `python docs/take_pictures.py [options of launch.py]`.
 
 Starts it, asks a question, and photographs the page in the middle of the answer: every number is this machine's own.
-Needs requirements-test.txt and a Chromium. Writes docs/pictures/{light,dark,phone}.png.
+Needs requirements-test.txt and a Chromium. Writes docs/pictures/page-{light,dark,phone}.png.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def take(browser: Browser, address: str, name: str) -> None:
     page.keyboard.press("Enter")
     answer = page.locator("#conversation .bot.message")
     expect(answer).to_have_text(re.compile(r"(\S+\s+){80}"), timeout=600_000)
-    path = PICTURES / f"{name}.png"
+    path = PICTURES / f"page-{name}.png"
     page.screenshot(path=path)
     context.close()
     assert path.stat().st_size < LIMIT_BYTES, f"{path} has {path.stat().st_size} bytes, wanted under {LIMIT_BYTES}"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from app import conversation, demo_checkpoint, views
 from app.nouns import Loaded, Look, Notice, Preview, Progress
 from app.panels import chat
-from app.panels.budget import wanted_vram
+from app.panels.budget import wanted_bytes, wanted_vram
 from moepic_core.links import parse_link
 from moepic_core.metrics import NUM_COUNTS, Counters, Reply, Scope, Snapshot
 from moepic_core.planner import Needs, budget_bytes
@@ -146,7 +146,7 @@ def test_the_memory_bar_adds_up_to_the_budget(part: float, machine: MachineProfi
     chosen = preview(machine)
     chosen = replace(chosen, settings=chosen.settings.replace(strategy=strategy))
     budget = NEEDS.smallest + int(part * (NEEDS.everything - NEEDS.smallest))
-    card = views.budget_card(chosen, budget)
+    card = views.budget_card(chosen, budget, None)
     assert sum(piece["share"] for piece in card["parts"]) == pytest.approx(card["share"])
     assert all(piece["share"] >= 0 for piece in card["parts"])
     assert [piece["kind"] for piece in card["parts"]] == [*views.MEMORY, "left"]
@@ -176,17 +176,16 @@ def test_the_end_of_the_slider_means_everything() -> None:
     numbers = views.budget_range(chosen)
     assert numbers is not None
     assert wanted_vram(chosen, numbers.maximum) == "100%"
-    assert wanted_vram(chosen, 6.0) == 6 * GB
+    assert wanted_bytes(chosen, numbers.maximum) == NEEDS.everything
+    assert wanted_vram(chosen, 6.0) == wanted_bytes(chosen, 6.0) == 6 * GB
+    assert wanted_vram(chosen, 0.0) == NEEDS.smallest
 
 
 @pytest.mark.parametrize(
-    ("loaded", "budget", "state"),
-    [(False, 6 * GB, "used when you load"), (True, 6 * GB, "release to apply"), (True, None, "in use")],
+    ("in_use", "state"), [(None, "used when you load"), (5 * GB, "release to apply"), (6 * GB, "in use")]
 )
-def test_the_bar_says_whether_it_is_in_force(loaded: bool, budget: int | None, state: str) -> None:
-    chosen = preview(CPU, loaded=loaded)
-    assert chosen.budget_bytes is not None
-    assert views.budget_card(chosen, budget or chosen.budget_bytes)["state"] == state
+def test_the_bar_says_whether_it_is_in_force(in_use: int | None, state: str) -> None:
+    assert views.budget_card(preview(CPU), 6 * GB, in_use)["state"] == state
 
 
 def part(text: str) -> list[dict[str, str]]:

@@ -32,7 +32,8 @@ class Budget:
             value=numbers.value,
             interactive=True,
         )
-        return [slider, json.dumps(views.budget_card(preview, preview.budget_bytes))]
+        in_use = preview.budget_bytes if preview.loaded else None
+        return [slider, json.dumps(views.budget_card(preview, preview.budget_bytes, in_use))]
 
 
 def build(memory: str) -> Budget:
@@ -43,19 +44,28 @@ def build(memory: str) -> Budget:
     return Budget(slider, bar)
 
 
-def wanted_vram(preview: Preview, gigabytes: float) -> str | int:
-    """The budget that the slider asks for. At its end it means everything, also when loading finds a little more."""
+def wanted_bytes(preview: Preview, gigabytes: float) -> int:
+    """The budget that the slider asks for: its ends are rounded, the budget is not."""
     assert preview.needs is not None, preview.settings.checkpoint
-    budget = views.to_bytes(gigabytes)
-    return "100%" if budget >= preview.needs.everything else budget
+    return min(max(views.to_bytes(gigabytes), preview.needs.smallest), preview.needs.everything)
+
+
+def wanted_vram(preview: Preview, gigabytes: float) -> str | int:
+    """The same as a setting. The end of the slider means everything, also when loading finds a little more."""
+    assert preview.needs is not None, preview.settings.checkpoint
+    budget = wanted_bytes(preview, gigabytes)
+    return "100%" if budget == preview.needs.everything else budget
 
 
 def wire(budget: Budget, selection: gr.State, state: State) -> None:
     def slide(preview: Preview | None, gigabytes: float) -> str:
         """While the slider moves: what this budget would buy."""
-        if preview is None or preview.needs is None or preview.budget_bytes is None:
+        if preview is None or preview.budget_bytes is None:
             return "null"
-        return json.dumps(views.budget_card(preview, max(views.to_bytes(gigabytes), preview.needs.smallest)))
+        snapshot = state.look().snapshot
+        # Asked anew because this can be answered after the slider was released and `apply` is done.
+        in_use = snapshot.plan.memory.budget if preview.loaded and snapshot and snapshot.plan else None
+        return json.dumps(views.budget_card(preview, wanted_bytes(preview, gigabytes), in_use))
 
     def apply(preview: Preview | None, gigabytes: float) -> tuple[Preview | None, str]:
         """When it is released: the loaded model gets the budget at its next token."""
