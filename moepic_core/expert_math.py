@@ -76,7 +76,8 @@ class PairSum:
         pairs = (self._sum_of_rows() if self.pairs is None else self.pairs).view(tokens, self.k, hidden)
         if down_bias is not None:
             pairs = pairs + down_bias[self.top_k_index].float()
-        return (pairs * top_k_weights.float().unsqueeze(-1)).sum(dim=1).to(self.hidden_states.dtype)
+        weights = top_k_weights.float().unsqueeze(1)  # [tokens, 1, k]
+        return torch.bmm(weights, pairs).squeeze(1).to(self.hidden_states.dtype)
 
     def _sum_of_rows(self) -> Tensor:
         """`[k, hidden]` in float32. A pair without any row is zero."""

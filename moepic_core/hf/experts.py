@@ -124,7 +124,7 @@ def _combine_of(module: nn.Module) -> Combine:
     apply_gate: Any = module._apply_gate
     if apply_gate.__func__ is _default_apply_gate:
         activation: Any = module.act_fn
-        return lambda gate, up: activation(gate) * up
+        return lambda gate, up: activation(gate).mul_(up)
     if module.is_concatenated:
         return lambda gate, up: apply_gate(torch.cat((gate, up), dim=-1))
     return lambda gate, up: apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
