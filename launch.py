@@ -74,6 +74,8 @@ def start(arguments: list[str]) -> int:
             python = str(environment_python())
             os.execv(python, [python, str(ROOT / "launch.py"), *arguments])
     port = choose_port(options.host, options.port)
+    # One core stays free for the browser and for copies: OpenMP slows down many times over when it must share a core.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
     try:
         from app.main import serve
     except ModuleNotFoundError as error:

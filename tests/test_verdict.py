@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 
 import pytest
 
-from moepic_core.planner import Needs
+from moepic_core.planner import HEADROOM, Needs
 from moepic_core.spec import DeviceKind, MachineProfile, ModelSpec, MoeLayer
 from moepic_core.verdict import judge
 
@@ -19,6 +20,8 @@ SPEC = ModelSpec(
 NEEDS = Needs((LAYER,), top_k=2, resident=900_000, kv=90_000, workspace=10_000)
 EXPERTS = 8 * 49152
 SMALLEST, EVERYTHING = 1_000_000 + 2 * 49152, 1_000_000 + 4 * 49152 + EXPERTS
+WHOLE = ceil(EVERYTHING / HEADROOM)  # free memory of which a budget may take EVERYTHING
+WHOLE_TWICE = ceil((EVERYTHING + EXPERTS) / HEADROOM)
 
 
 def machine(device: DeviceKind, free: int, host_free: int | None = None) -> MachineProfile:
@@ -28,17 +31,17 @@ def machine(device: DeviceKind, free: int, host_free: int | None = None) -> Mach
 @pytest.mark.parametrize(
     ("device", "link", "free", "host_free", "step"),
     [
-        ("cuda", "auto", EVERYTHING, EXPERTS, "fits whole"),
-        ("cuda", "auto", EVERYTHING - 1, EXPERTS, "fits with offloading"),
+        ("cuda", "auto", WHOLE, EXPERTS, "fits whole"),
+        ("cuda", "auto", WHOLE - 1, EXPERTS, "fits with offloading"),
         ("cuda", "auto", SMALLEST, EXPERTS, "fits with offloading"),
         ("cuda", "auto", SMALLEST - 1, EXPERTS, "will not run"),
-        ("cuda", "auto", EVERYTHING, EXPERTS - 1, "will not run"),
-        ("cpu", "disk", EVERYTHING, None, "fits whole"),
-        ("cpu", "disk", EVERYTHING - 1, None, "fits with offloading"),
+        ("cuda", "auto", WHOLE, EXPERTS - 1, "will not run"),
+        ("cpu", "disk", WHOLE, None, "fits whole"),
+        ("cpu", "disk", WHOLE - 1, None, "fits with offloading"),
         ("cpu", "disk", SMALLEST, None, "fits with offloading"),
         ("cpu", "disk", SMALLEST - 1, None, "will not run"),
-        ("cpu", "pcie4x16", EVERYTHING + EXPERTS, None, "fits whole"),  # the host's copy is in the same memory
-        ("cpu", "pcie4x16", EVERYTHING + EXPERTS - 1, None, "fits with offloading"),
+        ("cpu", "pcie4x16", WHOLE_TWICE, None, "fits whole"),  # the host's copy is in the same memory
+        ("cpu", "pcie4x16", WHOLE_TWICE - 1, None, "fits with offloading"),
         ("cpu", "pcie4x16", SMALLEST + EXPERTS, None, "fits with offloading"),
         ("cpu", "pcie4x16", SMALLEST + EXPERTS - 1, None, "will not run"),
     ],
@@ -69,6 +72,6 @@ def test_sentences_name_the_numbers() -> None:
 
 
 def test_a_larger_context_changes_the_verdict() -> None:
-    profile = machine("cuda", EVERYTHING, EXPERTS)
+    profile = machine("cuda", WHOLE, EXPERTS)
     assert judge(SPEC, NEEDS, profile, "auto").step == "fits whole"
-    assert judge(SPEC, replace(NEEDS, kv=90_001), profile, "auto").step == "fits with offloading"
+    assert judge(SPEC, replace(NEEDS, kv=90_002), profile, "auto").step == "fits with offloading"

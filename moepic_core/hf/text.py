@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import (
@@ -104,12 +105,15 @@ class Text:
         tokenizer = self._need_tokenizer()
         if not self.has_chat_template:
             raise BadCheckpoint(f"{Path(self.path).name} has no chat template; give a plain prompt instead")
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=not continue_last,
-            continue_final_message=continue_last,
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=not continue_last,
+                continue_final_message=continue_last,
+            )
+        except TemplateError as error:  # a template may refuse roles, or two turns of one side
+            raise BadSettings(f"the model's chat template refuses this conversation: {error}; change its roles") from error
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
