@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -81,7 +82,16 @@ class ForeignLoad:
 
 def report(benchmark: str, results: Mapping[str, Any]) -> None:
     """Print the machine-readable last line."""
-    print(json.dumps({"benchmark": benchmark, "command": sys.argv, **machine(), **results}))
+    print(
+        json.dumps(
+            {
+                "benchmark": benchmark,
+                "command": f"python -m benchmarks.{benchmark} {shlex.join(sys.argv[1:])}",
+                **machine(),
+                **results,
+            }
+        )
+    )
 
 
 def machine() -> dict[str, Any]:

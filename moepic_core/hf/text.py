@@ -113,7 +113,9 @@ class Text:
                 continue_final_message=continue_last,
             )
         except TemplateError as error:  # a template may refuse roles, or two turns of one side
-            raise BadSettings(f"the model's chat template refuses this conversation: {error}; change its roles") from error
+            raise BadSettings(
+                f"the model's chat template refuses this conversation: {error}; change its roles"
+            ) from error
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
