@@ -22,6 +22,7 @@ from moepic_core.errors import BadSettings, Cancelled, MoepicError, OutOfRoom
 from moepic_core.events import Notice as EngineNotice
 from moepic_core.events import TokenMade
 from moepic_core.links import parse_link
+from moepic_core.needs import needs_of
 from moepic_core.planner import budget_bytes
 from moepic_core.spec import MachineProfile, Plan, Settings
 from moepic_core.units import parse_bytes
@@ -92,8 +93,6 @@ class State:
         folder = checkpoints.folder(settings.checkpoint)
         if folder is None:
             return Preview(settings, machine, link)
-        from moepic_core.engine import needs_of
-
         spec = read_spec(folder, settings.dtype)
         needs = needs_of(settings, spec, machine)
         verdict = judge(spec, needs, machine, settings.link)

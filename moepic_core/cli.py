@@ -104,8 +104,8 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _inspect(options: argparse.Namespace) -> None:
     from .calibrate import probe
     from .checkpoint import read_spec
-    from .engine import needs_of
     from .finder import resolve
+    from .needs import needs_of
     from .verdict import judge
 
     settings = _settings(options)

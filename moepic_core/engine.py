@@ -33,16 +33,15 @@ from .host_store import DiskStore, HostStore, RamStore, default_packed_folder
 from .lazy_tensors import LazyTensors
 from .links import Link, parse_link
 from .metrics import Snapshot
-from .planner import HEADROOM, Needs, budget_bytes, uniform_plan
+from .needs import check_memory, context_length, free_for_budget, workspace_bytes
+from .planner import Needs, budget_bytes, uniform_plan
 from .residency import Residency
 from .shards import read_tensors
-from .spec import DeviceKind, MachineProfile, ModelSpec, Plan, Settings
+from .spec import MachineProfile, ModelSpec, Plan, Settings
 from .telemetry import Telemetry
 from .transfer.base import Transfer
 from .units import format_bytes
 
-DEFAULT_CONTEXT = 4096  # tokens that KV memory is reserved for when the user does not say
-CUDA_LIBRARY_BYTES = 32 << 20  # cuBLAS workspaces
 LIVE_SETTINGS = ("vram", "strategy", "split", "eviction", "prefetch")  # applied without reloading
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -93,7 +92,7 @@ class Engine:
         spec = read_spec(path, settings.dtype)
         machine = probe(settings.device)
         link = parse_link(settings.link, machine.device)
-        _enough_memory(settings, spec, machine, link)
+        check_memory(settings, spec, machine, link)
         device, dtype = torch.device(machine.device), getattr(torch, spec.dtype)
         total, read = sum(info.num_bytes for info in read_tensors(path).values()), 0
 
@@ -141,7 +140,7 @@ class Engine:
             settings = settings.replace(prefill_chunk=context)
         workspace = workspace_bytes(settings, spec, context, machine.device)
         needs = Needs(spec.moe_layers, spec.top_k, hf.resident_bytes(), found.kv_bytes, workspace)
-        budget = budget_bytes(settings.vram, needs, _free_for_budget(machine, link, spec))
+        budget = budget_bytes(settings.vram, needs, free_for_budget(machine, link, spec))
         plan = uniform_plan(settings, needs, budget)
         arena = Arena(device, budget)
         for kind, nbytes in (("resident", needs.resident), ("kv", needs.kv), ("workspace", needs.workspace)):
@@ -233,7 +232,7 @@ class Engine:
             )
         with self._turn:
             self._ensure_open()
-            budget = budget_bytes(settings.vram, self.needs, _free_for_budget(self.machine, self.link, self.spec))
+            budget = budget_bytes(settings.vram, self.needs, free_for_budget(self.machine, self.link, self.spec))
             plan = uniform_plan(settings, self.needs, budget)
             self._apply(plan)
             self.settings = settings
@@ -398,54 +397,6 @@ class Engine:
     def _ensure_open(self) -> None:
         if self._closed:
             raise MoepicError("the model was unloaded; load it again")
-
-
-def context_length(settings: Settings, spec: ModelSpec) -> int:
-    """Tokens that fit, prompt and reply together. Raises BadSettings past what the model was made for."""
-    if settings.context_length is None:
-        return min(DEFAULT_CONTEXT, spec.context_length)
-    if settings.context_length > spec.context_length:
-        raise BadSettings(f"context_length {settings.context_length} is more than the model's {spec.context_length}")
-    return settings.context_length
-
-
-def needs_of(settings: Settings, spec: ModelSpec, machine: MachineProfile) -> Needs:
-    """Device bytes by kind from headers alone; KV is an estimate, the rest is what loading will find."""
-    context = context_length(settings, spec)
-    workspace = workspace_bytes(settings, spec, context, machine.device)
-    return Needs(spec.moe_layers, spec.top_k, spec.resident_bytes, spec.kv_bytes_per_token * context, workspace)
-
-
-def workspace_bytes(settings: Settings, spec: ModelSpec, context: int, device: DeviceKind) -> int:
-    """Device bytes of activations at their largest, for one prefill chunk (an upper estimate, ours).
-
-    Counts the (token, k) sums in float32 twice, 32 hidden-sized tensors, 8 neuron-sized ones, one attention mask, three
-    rows of logits, and on CUDA what its libraries take.
-    """
-    chunk = min(settings.prefill_chunk, context)
-    itemsize = max(layer.itemsize for layer in spec.moe_layers)
-    neurons = max(layer.neurons for layer in spec.moe_layers)
-    per_token = 8 * spec.top_k * spec.hidden + 32 * spec.hidden * itemsize + 8 * neurons * itemsize + 4 * context
-    return chunk * per_token + 12 * spec.vocab_size + (CUDA_LIBRARY_BYTES if device == "cuda" else 0)
-
-
-def _enough_memory(settings: Settings, spec: ModelSpec, machine: MachineProfile, link: Link) -> None:
-    """Refuses early, from headers alone, what cannot work: a budget below the smallest, host memory for the store."""
-    budget_bytes(settings.vram, needs_of(settings, spec, machine), _free_for_budget(machine, link, spec))
-    if link.kind != "disk" and spec.expert_bytes > machine.host_free_bytes:
-        raise OutOfRoom(
-            f"the experts need {format_bytes(spec.expert_bytes)} of host memory and "
-            f"{format_bytes(machine.host_free_bytes)} is free; use link 'disk' (device cpu), close other "
-            f"programs or choose a smaller checkpoint"
-        )
-
-
-def _free_for_budget(machine: MachineProfile, link: Link, spec: ModelSpec) -> int:
-    """Bytes that budget `auto` may take: what was free before loading, less headroom, less the copy in the same
-    memory.
-    """
-    copy = spec.expert_bytes if link.kind == "emulated" else 0
-    return max(0, int(machine.device_free_bytes * HEADROOM) - copy)
 
 
 def _transfer(link: Link, device: torch.device) -> Transfer:

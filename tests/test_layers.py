@@ -19,7 +19,7 @@ CORE = ROOT / "moepic_core"
 
 LAYERS = {
     "words": "errors units spec links events",
-    "thought": "geometry eviction predictor trace metrics telemetry planner verdict",
+    "thought": "geometry eviction predictor trace metrics telemetry planner needs verdict",
     "bytes": "safetensors_header shards model_config checkpoint lazy_tensors finder packing expert_math",
     "places": "transfer.base transfer.clocks transfer.ledger transfer.pinning transfer.thread transfer.cuda "
     "arena host_store device_cache staging calibrate",
