@@ -6,12 +6,14 @@ has no folder, and loading it fetches it.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from moepic_core import finder
 
 from . import demo_checkpoint
 
+NUM_PROMPTS, LONGEST_PROMPT = 6, 300  # suggested ones, and their letters
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "demo-moe"
 
 
@@ -31,6 +33,8 @@ def choices(current: str) -> list[tuple[str, str]]:
         if entry.spec is not None or entry.incomplete
     ]
     found = [ours, *dict.fromkeys(cached)]
+    if current == demo_checkpoint.NAME and ours[1] != current:
+        found.append(("Demo, random weights", current))
     return found if current in [name for _, name in found] else [*found, (current, current)]
 
 
@@ -50,3 +54,14 @@ def folder(name: str) -> Path | None:
 
 def _may_be_hub_id(name: str) -> bool:
     return name[:1].isalnum() and name.count("/") <= 1
+
+
+def suggested_prompts(folder: str) -> tuple[str, ...]:
+    """First prompts that a checkpoint names in its `moepic.json`; none when it has no such list of texts."""
+    try:
+        found = json.loads((Path(folder) / "moepic.json").read_bytes())
+    except (OSError, ValueError, RecursionError):  # most checkpoints have none, and one can do without
+        return ()
+    prompts = found.get("suggested_prompts") if isinstance(found, dict) else None
+    texts = [text for text in prompts if isinstance(text, str) and text.strip()] if isinstance(prompts, list) else []
+    return tuple(text[:LONGEST_PROMPT] for text in texts[:NUM_PROMPTS])

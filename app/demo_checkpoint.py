@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from moepic_core.errors import OutOfRoom
-from moepic_core.host_store import default_packed_folder
+from moepic_core.folders import user_folder
 
 WARNING = "random weights: it produces noise, it shows how offloading works"
 NAME = "demo-random-moe"
@@ -45,7 +45,7 @@ one layer after another asks , one answer after another comes back , and word by
 
 def demo_checkpoint() -> Path:
     """The folder of the demo checkpoint, made if it is not there yet. Raises OutOfRoom when it cannot be written."""
-    folder = default_packed_folder().parent / "checkpoints" / NAME
+    folder = user_folder() / "checkpoints" / NAME
     if not (folder / "config.json").is_file():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.middleware import Middleware
 from starlette.routing import Mount
 
@@ -20,15 +21,16 @@ from moepic_core.calibrate import probe
 from moepic_core.errors import MoepicError
 from moepic_core.spec import Settings
 
-from . import checkpoints, demo_checkpoint, views
+from . import assets, checkpoints, demo_checkpoint, terms
+from .conversation_routes import add_routes
 from .guard import LOOPBACK_HOSTS, Guard
-from .panels import answers, budget, chat, header, model
+from .panels import answers, budget, chat, conversations, header, model, see
+from .sensors import MachineSource, Source
 from .state import State
+from .store import Store, default_path
+from .talk import Talk
 from .theme import theme
-
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SERVED = ("page.js", "page.css", "favicon.svg")
-HEAD = '<link rel="stylesheet" href="ui/page.css"><script src="ui/page.js"></script>'
+from .watch import Watch
 
 
 def serve(
@@ -52,7 +54,8 @@ def serve(
         print(f"launch.py: {error}", file=sys.stderr)
         return 2
     if settings.checkpoint == demo_checkpoint.NAME:
-        print(f"No checkpoint was named, so this is a small one with {demo_checkpoint.WARNING}.")
+        print(f"The checkpoint {demo_checkpoint.NAME} has {demo_checkpoint.WARNING}.")
+    store = Store(default_path())
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
     def up(address: str) -> None:
@@ -60,11 +63,12 @@ def serve(
         state.load(settings)  # not sooner: importing the engine would slow the page's own start
 
     try:
-        Server(build_app(state, host, auth), state, host, port, up).run()
+        Server(build_app(state, host, auth, store=store), state, host, port, up).run()
     except KeyboardInterrupt:
         print("\nEnding ...")
     finally:
         state.close()
+        store.close()
     return 0
 
 
@@ -72,7 +76,7 @@ def first_settings(checkpoint: str | None, vram: str | None = None, **settings: 
     """What the command line asks for. Half the room is enough for the demo: with all of it there is nothing to see."""
     name = checkpoint or checkpoints.default_name()
     if vram is None:
-        vram = "auto" if checkpoint else "50%"
+        vram = "auto" if checkpoint else "50% of experts"
     return Settings.create(checkpoint=name, vram=vram, **settings)
 
 
@@ -102,29 +106,50 @@ def _mounted(route: object) -> object:
     return route.app if isinstance(route, Mount) else None
 
 
-def build_app(state: State, host: str = "127.0.0.1", auth: tuple[str, str] | None = None) -> FastAPI:
-    """The whole server: guard, our own routes, Gradio's page."""
+def build_app(
+    state: State,
+    host: str = "127.0.0.1",
+    auth: tuple[str, str] | None = None,
+    sensors: Callable[[], Source] = MachineSource,
+    store: Store | None = None,
+) -> FastAPI:
+    """The whole server: guard, our own routes, Gradio's page. Watches the engine for as long as it runs."""
+    watch, store, server = Watch(state, sensors), store or Store(), secrets.token_hex(4)
+
+    @asynccontextmanager
+    async def watching(_: FastAPI) -> AsyncIterator[None]:
+        watch.start()
+        yield
+        watch.close()
+
     hosts = None if auth else (*LOOPBACK_HOSTS, host.strip("[]"))  # who has to log in may come by any name
-    app = FastAPI(openapi_url=None, middleware=[Middleware(Guard, hosts=hosts, login=auth)])
+    app = FastAPI(openapi_url=None, lifespan=watching, middleware=[Middleware(Guard, hosts=hosts, login=auth)])
 
     @app.get("/ui/live")
-    def live() -> JSONResponse:
-        return JSONResponse(views.live(state.look()), headers={"Cache-Control": "no-store"})
+    def live(seen: str = "") -> JSONResponse:
+        answer = {**watch.live(seen), "conversations": store.version(), "server": server}
+        return JSONResponse(answer, headers={"Cache-Control": "no-store"})
+
+    add_routes(app, store)
+
+    @app.get("/ui/metrics")
+    def metrics() -> HTMLResponse:
+        return HTMLResponse(terms.page())
 
     @app.get("/ui/{name}")
     def asset(name: str) -> Response:
-        if name not in SERVED:
+        if name not in assets.SERVED:
             return Response(status_code=404)
-        return FileResponse(ASSETS / name, headers={"Cache-Control": "no-cache"})
+        return FileResponse(assets.FOLDER / name, headers={"Cache-Control": "no-cache"})
 
     gr.mount_gradio_app(
         app,
-        build_page(state),
+        build_page(state, store),
         path="/",
         app_kwargs={"openapi_url": None},
         theme=theme(),
-        head=HEAD,
-        favicon_path=str(ASSETS / "favicon.svg"),
+        head=assets.STYLE_TAGS,
+        favicon_path=str(assets.FOLDER / assets.ICON),
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
@@ -137,23 +162,30 @@ def build_app(state: State, host: str = "127.0.0.1", auth: tuple[str, str] | Non
     return app
 
 
-def build_page(state: State) -> gr.Blocks:
+def build_page(state: State, store: Store) -> gr.Blocks:
     # Whether to report home. `Blocks` takes it as an argument too, but that does not reach the ChatInterface inside.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     device = probe(state.settings.device).device
     page = gr.Blocks(title="MoEpic", fill_width=True)
     with page:
+        with gr.Sidebar(open=False, width=300, elem_id="side"):
+            opened = conversations.build()
+            answers_panel = answers.build()
         header.build()
         with gr.Row(elem_id="main"):
-            talk = gr.Column(elem_id="talk", scale=3, min_width=320)
-            controls = gr.Column(elem_id="controls", scale=2, min_width=320)
+            talk = gr.Column(elem_id="talk", scale=9, min_width=320)
+            controls = gr.Column(elem_id="controls", scale=11, min_width=320)
         with controls:
             model_panel = model.build(device)
             budget_panel = budget.build("RAM" if device == "cpu" else "VRAM")
-            answers_panel = answers.build()
+            see.build(device)
         with talk:
             chat_panel = chat.build()
         model.wire(model_panel, budget_panel, state, page)
         budget.wire(budget_panel, model_panel.selection, state)
-        chat.wire(chat_panel, answers_panel, state)
+        answers.wire(answers_panel)
+        chat.wire(chat_panel, opened, answers_panel, page, model_panel.refresh, Talk(store, state))
+    for block in page.blocks.values():
+        if isinstance(block, gr.HTML):
+            block.head = assets.SCRIPT_TAGS
     return page

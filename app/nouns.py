@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moepic_core.events import FinishReason
 from moepic_core.links import Link
-from moepic_core.metrics import Snapshot
+from moepic_core.metrics import Reply, Snapshot
 from moepic_core.planner import HEADROOM, Needs, uniform_plan
 from moepic_core.spec import MachineProfile, ModelSpec, Plan, Settings
 from moepic_core.verdict import Verdict
@@ -19,7 +20,7 @@ from moepic_core.verdict import Verdict
 class Progress:
     """A model on its way."""
 
-    kind: Literal["downloading", "loading"]
+    kind: Literal["downloading", "loading", "measuring"]
     name: str
     done_bytes: int = 0
     total_bytes: int = 0  # 0: unknown
@@ -32,6 +33,18 @@ class Notice:
     number: int
     kind: Literal["error", "info"]
     text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a reply has brought so far."""
+
+    text: str = ""
+    waits: bool = False  # for another reply to end
+    read_tokens: int = 0  # of the part of the prompt that is new
+    prompt_tokens: int = 0  # of that part; 0 until some of it is read
+    reason: FinishReason | None = None  # why it ended; None while it goes on
+    figures: Reply | None = None  # once it has ended
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class Preview:
     budget_bytes: int | None = None  # None: no budget works
     loaded: bool = False
     notes: tuple[str, ...] = ()
+    forecast: tuple[tuple[int, float], ...] = ()  # budgets in bytes, rising, and the predicted seconds of a token
 
     @property
     def free_bytes(self) -> int:

@@ -19,22 +19,25 @@ from moepic_core import finder
 from moepic_core.calibrate import probe
 from moepic_core.checkpoint import read_spec
 from moepic_core.errors import BadSettings, Cancelled, MoepicError, OutOfRoom
+from moepic_core.events import Done, FinishReason, PromptRead, TokenMade
 from moepic_core.events import Notice as EngineNotice
-from moepic_core.events import TokenMade
+from moepic_core.folders import user_folder
 from moepic_core.links import parse_link
 from moepic_core.needs import needs_of
-from moepic_core.planner import budget_bytes
+from moepic_core.planner import OF_EXPERTS, budget_bytes
 from moepic_core.spec import MachineProfile, Plan, Settings
+from moepic_core.telemetry import Telemetry
 from moepic_core.units import parse_bytes
 from moepic_core.verdict import judge
 
 from . import checkpoints, conversation
-from .nouns import Loaded, Look, Notice, Preview, Progress
+from .nouns import Answer, Loaded, Look, Notice, Preview, Progress
 
 if TYPE_CHECKING:  # importing the engine takes seconds, so the first load does that while the page is up already
     from moepic_core.engine import Engine
     from moepic_core.hf.text import Message
 
+FORECAST_POINTS = 24  # budgets along the slider for which a plan is made
 UPDATE_S = 0.045  # the browser needs 8 ms to draw an answer anew: about 20 times a second is smooth and cheap
 CALM_TURNS = 5  # updates without news between two that are told nevertheless
 NEED_A_LOAD = ("checkpoint", "device", "link", "dtype", "context_length")  # settings that only a load can change
@@ -53,7 +56,9 @@ class State:
         self._progress: Progress | None = None
         self._notice: Notice | None = None
         self._num_notices = 0
+        self._replying = threading.Lock()  # held by the one reply that is being made
         self._load_cancelled = threading.Event()
+        self._known_forecast: tuple[object, tuple[tuple[int, float], ...]] | None = None
         self._closed = threading.Event()
 
     def look(self) -> Look:
@@ -62,6 +67,12 @@ class State:
             engine, loads, progress = self._engine, self._loads, self._progress
             notice, loaded = self._notice, self._loaded
         return Look(loads, progress, notice, loaded, engine.snapshot() if engine else None)
+
+    @property
+    def telemetry(self) -> Telemetry | None:
+        """Of the loaded model: its events and trace, which say more than a snapshot. Readers change nothing."""
+        engine = self._engine
+        return None if engine is None else engine.residency.telemetry
 
     def tell(self, kind: Literal["error", "info"], text: str) -> None:
         """Shows `text` in every tab until something newer or better happens."""
@@ -72,7 +83,7 @@ class State:
     def check(self, settings: Settings) -> None:
         """Raises a MoepicError for what cannot work, as far as a glance shows it: names, units, headers."""
         parse_link(settings.link, probe(settings.device).device)
-        if not str(settings.vram).endswith(("auto", "%")):
+        if not str(settings.vram).endswith(("auto", "%", OF_EXPERTS)):
             parse_bytes(settings.vram)
         folder = checkpoints.folder(settings.checkpoint)
         if folder is not None:
@@ -89,7 +100,8 @@ class State:
         if engine is not None and loaded is not None and is_same_model(settings, loaded.settings):
             verdict = judge(loaded.spec, loaded.needs, machine, settings.link)
             budget, notes = engine.plan.memory.budget, loaded.notes
-            return Preview(loaded.settings, machine, link, loaded.spec, loaded.needs, verdict, budget, True, notes)
+            preview = Preview(loaded.settings, machine, link, loaded.spec, loaded.needs, verdict, budget, True, notes)
+            return dataclasses.replace(preview, forecast=self._forecast(engine, preview))
         folder = checkpoints.folder(settings.checkpoint)
         if folder is None:
             return Preview(settings, machine, link)
@@ -100,6 +112,19 @@ class State:
         if verdict.step == "will not run":
             return preview
         return dataclasses.replace(preview, budget_bytes=budget_bytes(settings.vram, needs, preview.free_bytes))
+
+    def _forecast(self, engine: Engine, preview: Preview) -> tuple[tuple[int, float], ...]:
+        """Predicted seconds of a token along the whole slider, planned anew when what is known has grown by a lot."""
+        settings, session = preview.settings, engine.snapshot().session.decode
+        tokens = int(session.activations[0].sum()) // max(1, engine.spec.top_k)
+        key = (self._loads, settings.replace(vram="auto"), tokens.bit_length())
+        if self._known_forecast is None or self._known_forecast[0] != key:
+            low, high = engine.needs.smallest, min(engine.needs.everything, preview.free_bytes)
+            step = max(1, (high - low) // (FORECAST_POINTS - 1))
+            budgets = range(low, low + FORECAST_POINTS * step, step)
+            found = engine.steering.forecast(settings, budgets)
+            self._known_forecast = key, tuple((budget, cost.total_s) for budget, cost in found)
+        return self._known_forecast[1]
 
     def load(self, settings: Settings) -> None:
         """Starts to load and returns. When that fails, the model from before answers again and a notice says why."""
@@ -128,28 +153,51 @@ class State:
         top_p: float,
         max_new_tokens: int,
         stopped: Callable[[], bool],
-    ) -> Iterator[str]:
+        **sampling: Any,
+    ) -> Iterator[Answer]:
         """The answer so far, again and again as it grows, until it is complete or `stopped` says so.
 
-        Now and then the text comes without being longer: closing the iterator between two texts stops the engine too,
-        also while a long prompt is read. Raises a MoepicError.
+        One reply at a time: others wait for their turn. Now and then the text comes without being longer: closing the
+        iterator between two texts stops the engine too, also while a long prompt is read. `sampling` are further fields
+        of the engine's `Sampling`. Raises a MoepicError.
         """
+        self._ready_engine()
+        while not self._replying.acquire(timeout=UPDATE_S):
+            if stopped():
+                yield Answer(reason="stopped")
+                return
+            yield Answer(waits=True)
+        try:
+            values = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, **sampling}
+            yield from self._answer(messages, values, stopped)
+        finally:
+            self._replying.release()
+
+    def _answer(
+        self, messages: Sequence[Message], values: dict[str, Any], stopped: Callable[[], bool]
+    ) -> Iterator[Answer]:
         from moepic_core.hf.text import Sampling
 
-        engine = self._ready_engine()
-        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        engine, sampling = self._ready_engine(), Sampling(**values)
         prompt: Any = messages if engine.text.has_chat_template else conversation.as_text(messages)
         pieces: list[str] = []
         closed = threading.Event()  # the engine forgets a stop that comes before the reply has begun; this does not
+        now = Answer()
+        reason: FinishReason = "stopped"
 
         def work() -> None:
+            nonlocal now, reason
             for event in engine.generate(prompt, sampling):
                 if closed.is_set():
                     return
                 if isinstance(event, TokenMade):
                     pieces.append(event.text)
+                elif isinstance(event, PromptRead):
+                    now = dataclasses.replace(now, read_tokens=event.read, prompt_tokens=event.total)
                 elif isinstance(event, EngineNotice):
                     self.tell("info", event.text)
+                elif isinstance(event, Done):
+                    reason = event.reason
 
         num_shown = 0
         with ThreadPoolExecutor(1, "reply") as thread:
@@ -162,10 +210,12 @@ class State:
                         engine.request_stop()
                     if num_shown < len(pieces) or turn % CALM_TURNS == 0:
                         num_shown = len(pieces)
-                        yield "".join(pieces[:num_shown])
+                        yield dataclasses.replace(now, text="".join(pieces[:num_shown]))
                     if done and num_shown == len(pieces):
                         break
                 working.result()
+                figures = engine.snapshot().reply
+                yield dataclasses.replace(now, text="".join(pieces), reason=reason, figures=figures)
             finally:
                 closed.set()
                 engine.request_stop()
@@ -246,10 +296,17 @@ class State:
         return before
 
     def _bring(self, settings: Settings, folder: str, cancelled: threading.Event) -> None:
+        from moepic_core.calibration import calibrate
         from moepic_core.engine import Engine
 
         local = settings.replace(checkpoint=folder)
-        engine = Engine.load(local, self._counter("loading", settings), cancelled.is_set)
+        engine = Engine.load(local, self._counter("loading", settings), cancelled.is_set, user_folder())
+        if engine.steering.costs is None:  # once per checkpoint and machine: later starts remember
+            try:
+                calibrate(engine, self._measuring(engine, settings, cancelled))
+            except BaseException:
+                engine.close()
+                raise
         loaded = Loaded(
             settings,
             engine.spec,
@@ -262,6 +319,14 @@ class State:
         with self._lock:
             self._engine, self._loaded = engine, loaded
             self._loads += 1
+
+    def _measuring(self, engine: Engine, settings: Settings, cancelled: threading.Event) -> Callable[[float], None]:
+        def tell(share: float) -> None:
+            if cancelled.is_set():
+                raise Cancelled("the measurement was cancelled")
+            self._progress = Progress("measuring", settings.checkpoint, int(1000 * share), 1000)
+
+        return tell
 
     def _counter(self, kind: Literal["downloading", "loading"], settings: Settings) -> Callable[[int, int], None]:
         def count(done_bytes: int, total_bytes: int) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from moepic_core.metrics import METRICS, Figures, Reply
+import numpy as np
+
+from moepic_core.metrics import Figures, Reply
 from moepic_core.spec import ModelSpec
 from moepic_core.units import format_bytes
 
@@ -18,6 +20,7 @@ from . import demo_checkpoint
 from .nouns import Look, Preview
 
 UNKNOWN = "–"
+FORECAST_ERROR = 0.1  # median of |predicted / measured − 1| that benchmarks/compare_strategies.py finds, rounded up
 GB = 1e9
 
 
@@ -26,21 +29,17 @@ class Figure(NamedTuple):
 
     key: str
     label: str
-    metric: str  # its row in METRICS, whose definition the page shows as a tooltip
+    metric: str  # its row in METRICS
     text: Callable[[Reply, Figures], str]
-
-    @property
-    def definition(self) -> str:
-        return next(metric.definition for metric in METRICS if metric.name == self.metric)
 
 
 FIGURES = (
-    Figure("speed", "Speed", "tokens_per_s", lambda reply, _: _number(reply.tokens_per_s, "{:.1f} tokens/s")),
-    Figure("first", "First token", "ttft_s", lambda reply, _: _number(reply.ttft_s, "{:.2f} s")),
-    Figure("hits", "Hits", "hit_rate", lambda _, figures: _percent(figures.hit_rate)),
-    Figure("partial", "Partial hits", "partial_hit_rate", lambda _, figures: _percent(figures.partial_hit_rate)),
-    Figure("misses", "Misses", "miss_rate", lambda _, figures: _percent(figures.miss_rate)),
-    Figure("overlap", "Overlap", "overlap", lambda _, figures: _percent(figures.overlap)),
+    Figure("speed", "Speed", "tokens_per_s", lambda reply, _: number(reply.tokens_per_s, "{:.1f} tokens/s")),
+    Figure("first", "First token", "ttft_s", lambda reply, _: number(reply.ttft_s, "{:.2f} s")),
+    Figure("hits", "Hits", "hit_rate", lambda _, figures: percent(figures.hit_rate)),
+    Figure("partial", "Partial hits", "partial_hit_rate", lambda _, figures: percent(figures.partial_hit_rate)),
+    Figure("misses", "Misses", "miss_rate", lambda _, figures: percent(figures.miss_rate)),
+    Figure("overlap", "Overlap", "overlap", lambda _, figures: percent(figures.overlap)),
     Figure("stall", "Stall", "stall_s", lambda _, figures: f"{figures.stall_s:.2f} s" if figures.uses else UNKNOWN),
 )
 MEMORY = {  # kinds of MemoryPlan in the order of the bar
@@ -76,12 +75,12 @@ def status(look: Look) -> str:
     """What is going on, in a few words."""
     if look.progress is not None:
         share = progress(look)["share"]
-        return f"{look.progress.kind} {'…' if share is None else _percent(share)}"
+        return f"{look.progress.kind} {'…' if share is None else percent(share)}"
     if look.loaded is None or look.snapshot is None:
         return "no model"
     phase, reply = look.snapshot.phase, look.snapshot.reply
     if phase == "prefill" and reply is not None and reply.prefill_progress is not None:
-        return f"reading the prompt {_percent(reply.prefill_progress)}"
+        return f"reading the prompt {percent(reply.prefill_progress)}"
     return {"idle": "ready", "prefill": "reading the prompt", "decode": "answering"}.get(phase, phase)
 
 
@@ -93,6 +92,8 @@ def progress(look: Look) -> dict[str, Any]:
     if not look.progress.total_bytes:
         return {"text": f"{look.progress.kind} {name}", "share": None}
     done, total = look.progress.done_bytes, look.progress.total_bytes
+    if look.progress.kind == "measuring":
+        return {"text": f"measuring this machine: {percent(done / total)}", "share": done / total}
     text = f"{look.progress.kind} {name}: {format_bytes(done)} of {format_bytes(total)}"
     return {"text": text, "share": min(1.0, done / total)}
 
@@ -181,6 +182,25 @@ def budget_card(preview: Preview, budget: int, in_use: int | None) -> dict[str, 
         "share": budget / width,
         "reason": plan.reason,
         "state": "used when you load" if in_use is None else "in use" if in_use == budget else "release to apply",
+        "forecast": forecast_card(preview, budget),
+    }
+
+
+def forecast_card(preview: Preview, budget: int) -> dict[str, Any] | None:
+    """Predicted speed under `budget`, between the budgets that were planned; None while nothing is known."""
+    if len(preview.forecast) < 2:
+        return None
+    budgets, seconds = zip(*preview.forecast, strict=True)
+    speeds = [1 / each for each in seconds]
+    speed = float(np.interp(budget, budgets, speeds))
+    span = budgets[-1] - budgets[0]
+    return {
+        "speed": f"{speed:.1f}",
+        "range": f"{speed * (1 - FORECAST_ERROR):.0f} to {speed * (1 + FORECAST_ERROR):.0f}",
+        "definition": "From costs measured on this machine and the experts that recent tokens used.",
+        "label": f"predicted speed over the budget: {speeds[0]:.0f} to {speeds[-1]:.0f} tokens per second",
+        "points": [[(at - budgets[0]) / span, each / max(speeds)] for at, each in zip(budgets, speeds, strict=True)],
+        "at": min(1.0, max(0.0, (budget - budgets[0]) / span)),
     }
 
 
@@ -192,9 +212,9 @@ def _parameters(count: int) -> str:
     return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
 
 
-def _number(value: float | None, template: str) -> str:
+def number(value: float | None, template: str) -> str:
     return UNKNOWN if value is None else template.format(value)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return UNKNOWN if share is None else f"{100 * share:.0f} %"

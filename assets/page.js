@@ -5,6 +5,7 @@
 window.MoEpic ??= (() => {
   const POLL_MS = { soon: 200, busy: 500, idle: 1500, loading: 250, hidden: 2000, longest: 8000 };
   const listeners = new Set(); // called with every answer of the server, or with null when there is none
+  let latest = null; // the newest answer of the server
   let failures = 0;
   let timer = 0;
 
@@ -27,11 +28,21 @@ window.MoEpic ??= (() => {
 
   async function ask() {
     try {
-      const answer = await fetch(new URL("ui/live", document.baseURI), { cache: "no-store" });
-      return answer.ok ? await answer.json() : null;
+      const seen = encodeURIComponent(latest?.version ?? "");
+      const answer = await fetch(new URL(`ui/live?seen=${seen}`, document.baseURI), { cache: "no-store" });
+      const live = answer.ok ? await answer.json() : null;
+      if (live) live.see ??= latest?.see; // left out when it is what we have seen already
+      latest = live;
     } catch {
-      return null; // the server is gone; the header says so until it is back
+      latest = null; // the server is gone; the header says so until it is back
     }
+    return latest;
+  }
+
+  // Calls `draw` with what the server said last, now and whenever it says something new.
+  function listen(draw) {
+    listeners.add(draw);
+    if (latest) draw(latest);
   }
 
   function pollSoon() {
@@ -177,7 +188,9 @@ window.MoEpic ??= (() => {
     bar.setAttribute("role", "img");
     const legend = make("ul", "legend");
     const reason = make("p", "reason");
-    root.replaceChildren(head, bar, legend, reason);
+    const forecast = make("div", "forecast");
+    forecast.id = "forecast";
+    root.replaceChildren(head, forecast, bar, legend, reason);
 
     follow(props, watch, (memory) => {
       root.hidden = memory === null;
@@ -187,6 +200,8 @@ window.MoEpic ??= (() => {
         make("span", "", ` of ${memory.everything} for everything`),
         make("em", "", memory.state),
       );
+      forecast.hidden = !memory.forecast;
+      if (memory.forecast) forecast.replaceChildren(...predicted(memory.forecast));
       bar.replaceChildren(...memory.parts.map((part) => {
         const piece = make("i", part.kind);
         piece.style.width = `${100 * part.share}%`;
@@ -203,6 +218,26 @@ window.MoEpic ??= (() => {
     });
   }
 
+  // The predicted speed, its range, and how it would change with the budget.
+  function predicted(forecast) {
+    const number = make("p", "speed");
+    number.title = forecast.definition;
+    const value = make("b", "", forecast.speed);
+    value.dataset.t = "predicted";
+    number.append(make("span", "", "Predicted"), value, make("span", "", `tokens/s (${forecast.range})`));
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    svg.setAttribute("viewBox", "0 0 100 30");
+    svg.setAttribute("preserveAspectRatio", "none");
+    svg.setAttribute("role", "img");
+    svg.setAttribute("aria-label", forecast.label);
+    const line = document.createElementNS(svg.namespaceURI, "polyline");
+    line.setAttribute("points", forecast.points.map(([x, y]) => `${100 * x},${28 - 26 * y}`).join(" "));
+    const now = document.createElementNS(svg.namespaceURI, "line");
+    for (const [name, at] of [["x1", 100 * forecast.at], ["x2", 100 * forecast.at], ["y1", 0], ["y2", 30]]) now.setAttribute(name, at);
+    svg.append(line, now);
+    return [number, svg];
+  }
+
   // Gradio's sliders tell Python about a release of the mouse only; here the keys of a keyboard count as well.
   document.addEventListener("keyup", (event) => {
     if (event.target.matches?.("#slider input[type=range]") && event.key !== "Tab") {
@@ -210,5 +245,5 @@ window.MoEpic ??= (() => {
     }
   });
 
-  return { header, card, memory };
+  return { header, card, memory, listen, say, make, follow };
 })();

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moepic_core.metrics import Metric
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 
 def metrics_page() -> str:
+    from app.terms import PAGE_METRICS
     from moepic_core.metrics import METRICS
 
     lines = [
         "# Metrics",
         "",
         "Every figure that the page and the command line show: what it means, and how to recompute it from the trace.",
-        "Made from `moepic_core/metrics.py` by `python docs/generate.py`; the test suite evaluates every formula.",
+        "Made from `moepic_core/metrics.py` and `app/terms.py` by `python docs/generate.py`; the test suite evaluates",
+        "every formula. The page shows the same definitions as tooltips, and all of them under `/ui/metrics`.",
         "",
         "Figures exist for the last reply and for the session, for prefill and decode apart, per layer and in total.",
         "A hit rate without further words is that of decode. `None` (shown as –) means unknown, never zero.",
@@ -25,13 +32,23 @@ def metrics_page() -> str:
         "`counts`; of the events `kind`, `nbytes`, `end_s`, `seconds` (end − start), and `credit` (the part of a",
         "transfer that no transfer recorded before it covers).",
         "",
-        "| figure | unit | definition | formula |",
-        "|---|---|---|---|",
+        *_table(METRICS),
+        "",
+        "## On the page only",
+        "",
+        "Formulas see the rows that the definition names, the newest tokens or the last one's alone.",
+        "",
+        *_table(PAGE_METRICS),
     ]
-    for metric in METRICS:
+    return "\n".join(lines) + "\n"
+
+
+def _table(metrics: Sequence[Metric]) -> list[str]:
+    lines = ["| figure | unit | definition | formula |", "|---|---|---|---|"]
+    for metric in metrics:
         formula = f"`{metric.formula}`" if metric.formula else ""
         lines.append(f"| `{metric.name}` | {metric.unit} | {metric.definition} | {formula} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def command_page() -> str:

@@ -1,4 +1,4 @@
-"""The command line: `inspect`, `generate`, `bench`. The only file that prints.
+"""The command line: `inspect`, `generate`, `bench`, and the commands of `cli_planning`. Only these two print.
 
 Results go to stdout, progress and complaints to stderr. With `--json` the last line of stdout is one JSON object. Exit
 code 0, or 2 with one line on stderr when the user can mend it. Heavy imports happen inside the commands, so `--help` is
@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .cli_planning import add_plan_options, add_simulate_options, compared, run_plan, run_simulate
 from .errors import BadSettings, MoepicError
+from .folders import user_folder
 from .spec import STRATEGIES, MachineProfile, ModelSpec, Settings
 from .units import format_bytes
 
@@ -64,12 +66,25 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--top-p", type=float, default=1.0)
         command.add_argument("--top-k", type=int, default=0)
         command.add_argument("--seed", type=int)
+    bench.add_argument("--compare", metavar="NAMES", help="strategies side by side on the loaded model: all, or a list "
+                       "such as moepic,pregated")  # fmt: skip
+    plan = commands.add_parser("plan", help="what each layer would get under a budget, and how fast that would be")
+    plan.add_argument("checkpoint", help="a folder, or a Hugging Face id")
+    plan.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    _add_settings(plan)
+    add_plan_options(plan)
+    plan.set_defaults(run=lambda options: run_plan(options, _settings(options)))
+    simulate = commands.add_parser("simulate", help="a model on a graphics card by name, replayed without either")
+    add_simulate_options(simulate)
+    simulate.set_defaults(run=run_simulate)
     generate.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     return parser
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--vram", default="auto", help="device budget: 2GB, 2GiB, or 50%% of what everything needs")
+    command.add_argument(
+        "--vram", default="auto", help='device budget: 2GB, 2GiB, 50%% of what everything needs, or "50%% of experts"'
+    )
     command.add_argument("--split", type=float, help="split ratio, 0 (nothing cached) to 1 (whole experts)")
     command.add_argument("--strategy", default="moepic", help=", ".join(STRATEGIES))
     command.add_argument("--eviction", default="auto", help="auto, lcp, lru or lfu")
@@ -166,6 +181,9 @@ def _bench(options: argparse.Namespace) -> None:
     with _loaded(settings) as engine:
         if prompt is None:
             prompt = [(7919 * place) % engine.spec.vocab_size for place in range(1, 33)]
+        if options.compare:
+            _compare(options, engine, prompt, sampling)
+            return
         replies = []
         for number in range(options.replies):
             replies.append(_reply(engine, prompt, sampling, None))
@@ -180,6 +198,29 @@ def _bench(options: argparse.Namespace) -> None:
             print(f"median of warm replies: {tpot_s * 1e3:.1f} ms per token, {1 / tpot_s:.1f} tokens/s")
 
 
+def _compare(options: argparse.Namespace, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
+    """Strategies in turn, each with a warm-up reply after every change, in `--replies` rounds."""
+    from .calibration import calibrate
+
+    names = list(STRATEGIES) if options.compare == "all" else options.compare.split(",")
+    for name in names:
+        engine.settings.replace(strategy=name)  # refuses unknown names before anything is measured
+    if engine.steering.costs is None and "moepic" in names:
+        calibrate(engine)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(options.replies):
+        for name in names if number % 2 == 0 else names[::-1]:
+            engine.reconfigure(strategy=name)
+            _reply(engine, prompt, sampling, None)
+            rows[name].append(_reply(engine, prompt, sampling, None))
+    if options.json:
+        print(json.dumps({"compare": rows, **_context(engine)}))
+        return
+    for line in compared(rows):
+        print(line)
+    print(f"({engine.link.label}, {format_bytes(engine.plan.memory.budget)}, {options.replies} rounds)")
+
+
 @contextlib.contextmanager
 def _loaded(settings: Settings) -> Iterator[Engine]:
     """The engine; while it is open, the first Ctrl-C ends the reply and the second one the program."""
@@ -189,7 +230,7 @@ def _loaded(settings: Settings) -> Iterator[Engine]:
         signal.signal(signal.SIGINT, before)
         engine.request_stop()
 
-    with Engine.load(settings, _progress if sys.stderr.isatty() else None) as engine:
+    with Engine.load(settings, _progress if sys.stderr.isatty() else None, memory=user_folder()) as engine:
         before = signal.signal(signal.SIGINT, stop)
         try:
             yield engine

@@ -18,62 +18,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arena import Arena, is_out_of_memory
-from .calibrate import probe
-from .checkpoint import read_spec
+from .arena import is_out_of_memory
+from .assembly import Parts, Progress, assemble
+from .cost_fit import Run
+from .costs import Costs, LinkSpeed
 from .errors import BadSettings, Cancelled, MoepicError, OutOfRoom
 from .events import Done, Event, FinishReason, Notice, PromptRead, TokenMade
-from .finder import resolve
-from .hf.experts import ExpertLayer, install, router_of
-from .hf.loading import load_model
-from .hf.model import HfModel
-from .hf.probe import probe_model, without_experts
-from .hf.text import Message, Sampler, Sampling, Text
-from .host_store import DiskStore, HostStore, RamStore, default_packed_folder
-from .lazy_tensors import LazyTensors
-from .links import Link, parse_link
+from .hf.text import Message, Sampler, Sampling
+from .link_probe import probe_link
+from .memory import Memory
 from .metrics import Snapshot
-from .needs import check_memory, context_length, free_for_budget, workspace_bytes
-from .planner import Needs, budget_bytes, uniform_plan
-from .residency import Residency
-from .shards import read_tensors
-from .spec import MachineProfile, ModelSpec, Plan, Settings
-from .telemetry import Telemetry
-from .transfer.base import Transfer
+from .needs import context_length, free_for_budget
+from .planner import budget_bytes, uniform_plan
+from .routing import RoutingTrace
+from .spec import Plan, Settings
 from .units import format_bytes
 
 LIVE_SETTINGS = ("vram", "strategy", "split", "eviction", "prefetch")  # applied without reloading
+_REHEARSAL = "The quick brown fox jumps over the lazy dog, and then it counts: 1, 2, 3, 4, 5."
+_FEWEST, _MOST = 3, 48  # tokens of a rehearsal
 
 Prompt = str | Sequence[int] | Sequence[Message]
-Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 
 class Engine:
-    def __init__(
-        self,
-        settings: Settings,
-        spec: ModelSpec,
-        machine: MachineProfile,
-        link: Link,
-        hf: HfModel,
-        text: Text,
-        residency: Residency,
-        needs: Needs,
-        notices: list[str],
-    ) -> None:
-        """Puts loaded parts together; `Engine.load` makes them."""
-        self.settings = settings
-        self.spec = spec
-        self.machine = machine
-        self.link = link
-        self.hf = hf
-        self.text = text
-        self.residency = residency
-        self.needs = needs
-        self.notices = notices
-        self.context_length = context_length(settings, spec)
+    def __init__(self, parts: Parts) -> None:
+        """Puts loaded parts to work; `Engine.load` makes them."""
+        self.settings = parts.settings
+        self.spec = parts.spec
+        self.machine = parts.machine
+        self.link = parts.link
+        self.hf = parts.hf
+        self.text = parts.text
+        self.residency = parts.residency
+        self.needs = parts.needs
+        self.steering = parts.steering
+        self.notices = list(parts.notices)
+        self.context_length = context_length(parts.settings, parts.spec)
         self._turn = threading.RLock()
-        self._stop = threading.Event()
+        self._stop = parts.stop
         self._generating = False
         self._closed = False
 
@@ -83,89 +66,21 @@ class Engine:
         settings: Settings,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
+        memory: Path | None = None,
     ) -> Engine:
         """Everything from a checkpoint's name to an engine that can generate.
 
-        Raises a MoepicError with one sentence; nothing is left behind then. `cancelled` stops the loading.
+        Raises a MoepicError with one sentence; nothing is left behind then. `cancelled` stops the loading. `memory` is
+        the folder where measurements and routing statistics outlive the session; None keeps nothing.
         """
-        path = resolve(settings.checkpoint, settings.revision)
-        spec = read_spec(path, settings.dtype)
-        machine = probe(settings.device)
-        link = parse_link(settings.link, machine.device)
-        check_memory(settings, spec, machine, link)
-        device, dtype = torch.device(machine.device), getattr(torch, spec.dtype)
-        total, read = sum(info.num_bytes for info in read_tensors(path).values()), 0
-
-        def count(nbytes: int) -> None:
-            nonlocal read
-            read += nbytes
-            if progress is not None:
-                progress(read, total)
-
-        store: HostStore
-        if link.kind == "disk":
-            store = DiskStore(spec, dtype, Path(settings.packed_dir or default_packed_folder()).expanduser())
-        else:
-            store = RamStore(spec, dtype, pinned=link.kind == "bus")
+        engine = cls(assemble(settings, progress, cancelled, Memory(memory)))
         try:
-            model, modules = load_model(spec, LazyTensors(read_tensors(path), count, cancelled), store, device)
-            return cls._assemble(settings, spec, machine, link, store, model, modules)
-        except BaseException:
-            store.close()
-            raise
-
-    @classmethod
-    def _assemble(
-        cls,
-        settings: Settings,
-        spec: ModelSpec,
-        machine: MachineProfile,
-        link: Link,
-        store: HostStore,
-        model: torch.nn.Module,
-        modules: Mapping[str, torch.nn.Module],
-    ) -> Engine:
-        device = torch.device(machine.device)
-        hf = HfModel(model, device)
-        text = Text(spec.path, model.generation_config)
-        layers = [
-            ExpertLayer(module, geometry, router_of(model, path, geometry, spec.top_k))
-            for (path, module), geometry in zip(modules.items(), spec.moe_layers, strict=True)
-        ]
-        context = context_length(settings, spec)
-        with without_experts(model, modules.values()):
-            found = probe_model(hf, context)
-        hf.continues = found.continues
-        if not found.continues:
-            settings = settings.replace(prefill_chunk=context)
-        workspace = workspace_bytes(settings, spec, context, machine.device)
-        needs = Needs(spec.moe_layers, spec.top_k, hf.resident_bytes(), found.kv_bytes, workspace)
-        budget = budget_bytes(settings.vram, needs, free_for_budget(machine, link, spec))
-        plan = uniform_plan(settings, needs, budget)
-        arena = Arena(device, budget)
-        for kind, nbytes in (("resident", needs.resident), ("kv", needs.kv), ("workspace", needs.workspace)):
-            arena.reserve(kind, nbytes)
-        telemetry = Telemetry(len(layers), max(layer.num_experts for layer in spec.moe_layers), spec.top_k)
-        stop = threading.Event()
-        dtype = getattr(torch, spec.dtype)
-        residency = Residency(spec.moe_layers, dtype, store, _transfer(link, device), arena, telemetry, stop.is_set)
-        install(model, layers, list(modules.values()), residency)
-        notices = [store.notice] if store.notice else []
-        if plan.predictor != "none" and any(layer.router is None for layer in layers):
-            notices.append(f"{spec.architecture}: no router was found beside some experts, so those are not prefetched")
-        if not found.continues:
-            notices.append(
-                f"{spec.architecture} cannot continue a prompt in Transformers: prompts run in one pass, and every "
-                f"turn reads the whole conversation again"
-            )
-        engine = cls(settings, spec, machine, link, hf, text, residency, needs, notices)
-        engine._stop = stop
-        try:
-            engine._apply(plan)
+            engine._apply(engine._plan(engine.settings))
+            engine._warm_up()
         except BaseException:
             engine.close()
             raise
-        telemetry.set_phase("idle")
+        engine.residency.telemetry.set_phase("idle")
         return engine
 
     @property
@@ -230,13 +145,69 @@ class Engine:
             raise BadSettings(
                 f"'{fixed[0]}' cannot change while loaded; allowed: {', '.join(LIVE_SETTINGS)}; load again"
             )
+        plan = self._plan(settings)
         with self._turn:
             self._ensure_open()
-            budget = budget_bytes(settings.vram, self.needs, free_for_budget(self.machine, self.link, self.spec))
-            plan = uniform_plan(settings, self.needs, budget)
             self._apply(plan)
             self.settings = settings
             return self.plan
+
+    def learn(self, costs: Costs) -> Plan:
+        """From now on plans stand on measured `costs`; makes and applies a new one."""
+        self.steering.learn(costs)
+        return self.reconfigure()
+
+    def measure_link(self) -> LinkSpeed:
+        """How fast bytes reach the device with nothing else to do. Takes about half a second, between replies."""
+        with self._turn:
+            self._ensure_open()
+            self.residency.forget_guesses()
+            return probe_link(self.residency)
+
+    def rehearse(self, seconds: float, **changes: Any) -> Run:
+        """Makes a few tokens under other live settings and returns what was recorded; then all is as before.
+
+        For measuring, between replies: the session's telemetry, eviction history and predictions do not notice, but the
+        KV memory and what was cached are gone. Raises Cancelled after `request_stop`.
+        """
+        settings = self.settings.replace(**changes)
+        with self._turn:
+            self._ensure_open()
+            if self._generating:
+                raise BadSettings("a reply is being generated; measure when it is done")
+            self._stop.clear()
+            plan, rehearsed = self.plan, uniform_plan(settings, self.needs, self.plan.memory.budget)
+            with self.residency.rehearsal(rehearsed):
+                self.hf.forget()
+                telemetry = self.residency.telemetry
+                telemetry.begin_reply(time.perf_counter(), 0, 0)
+                ids = self.encode(_REHEARSAL)[: self.context_length // 2]
+                until_s = time.perf_counter() + seconds
+                made = 0
+                while made < _FEWEST or (time.perf_counter() < until_s and made < _MOST):
+                    logits, token = self._forward(ids)
+                    telemetry.new_token(token, time.perf_counter())
+                    ids.append(int(logits.argmax()))
+                    made += 1
+                events, _ = telemetry.events()
+                self.hf.forget()
+            self._apply(plan)
+            self._warm_up()
+        return Run(events, tuple(share.top_rows for share in rehearsed.layers), rehearsed.predictor != "none")
+
+    def start_over(self, earlier: RoutingTrace | None) -> None:
+        """Empties caches and eviction history, as after a start that knows what `earlier` tokens used; between replies.
+
+        For comparisons that shall begin alike; counters and KV memory go on.
+        """
+        with self._turn:
+            self._ensure_open()
+            plan = self.plan
+            self.residency.empty()
+            self._apply(plan)
+            if earlier is not None:
+                self.residency.remember(earlier)
+                self.residency.warm_up()
 
     def snapshot(self) -> Snapshot:
         """All live figures at one instant. From any thread."""
@@ -256,6 +227,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+            self.steering.keep()
             self.residency.close()
             self.residency.store.close()
             self.hf.forget()
@@ -277,6 +249,7 @@ class Engine:
             reason: FinishReason = "stopped"
             for event in self._tokens(list(ids), sampling):
                 if isinstance(event, TokenMade):
+                    self.steering.count_token()
                     made.append(event.token_id)
                     piece = "" if event.token_id in self.text.stop_ids else stream.push(event.token_id)
                     text += piece
@@ -292,6 +265,8 @@ class Engine:
                 telemetry.end_reply()
                 if not self._closed:
                     self.residency.forget_guesses()
+                    if self.steering.due:
+                        self._apply(self._plan(self.settings))
 
     def _tokens(self, ids: list[int], sampling: Sampling) -> Iterator[Event]:
         """Prefill in chunks, then one token per pass, until an end; a stop ends it quietly."""
@@ -300,6 +275,7 @@ class Engine:
         with self._turn:
             cached = self.hf.reuse_prefix(ids)
             telemetry.begin_reply(time.perf_counter(), prompt_tokens, cached)
+            self.residency.begin_reply()
         try:
             sampler = Sampler(sampling, self.hf.device)
             for start in range(cached, prompt_tokens, self.settings.prefill_chunk):
@@ -370,7 +346,7 @@ class Engine:
         """Gives a tenth of the budget back, as far as the cache has it, and says so."""
         old = self.plan.memory
         budget = max(self.needs.smallest, int(old.budget * 0.9))
-        self.residency.apply(uniform_plan(self.settings, self.needs, budget))
+        self.residency.apply(self.steering.plan(self.settings, budget))
         self._told()
         if self.machine.device == "cuda":
             torch.cuda.empty_cache()
@@ -387,9 +363,19 @@ class Engine:
             held = int(self.residency.arena.used_bytes * 0.95)
             if held < self.needs.smallest:
                 raise
-            self.residency.apply(uniform_plan(self.settings, self.needs, held))
+            self.residency.apply(self.steering.plan(self.settings, held))
             self.notices.append(f"the budget is {format_bytes(held)} for now: {error}")
         self._told()
+
+    def _plan(self, settings: Settings) -> Plan:
+        budget = budget_bytes(settings.vram, self.needs, free_for_budget(self.machine, self.link, self.spec))
+        return self.steering.plan(settings, budget)
+
+    def _warm_up(self) -> None:
+        """Fills the cache with the experts that the eviction policy ranks highest, before anybody asks."""
+        if self.steering.earlier is not None:
+            self.residency.remember(self.steering.earlier)
+        self.residency.warm_up()
 
     def _told(self) -> None:
         self.residency.telemetry.set_plan(self.plan, self.residency.arena.bytes_by_kind)
@@ -397,13 +383,3 @@ class Engine:
     def _ensure_open(self) -> None:
         if self._closed:
             raise MoepicError("the model was unloaded; load it again")
-
-
-def _transfer(link: Link, device: torch.device) -> Transfer:
-    if device.type == "cuda":
-        from .transfer.cuda import CudaTransfer
-
-        return CudaTransfer(device)
-    from .transfer.thread import ThreadTransfer
-
-    return ThreadTransfer(num_workers=1 if link.kind == "emulated" else 2, rate_bytes_per_s=link.bytes_per_s)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadCheckpoint, MoepicError, OutOfRoom
+from .folders import user_folder
 from .geometry import Segment, record_stride
 from .packing import FusedLayout, aligned_bytes, pack_expert, rows_of
 from .spec import ModelSpec, MoeLayer
@@ -240,8 +241,7 @@ def _header(spec: ModelSpec, dtype: torch.dtype) -> bytes:
 
 def default_packed_folder() -> Path:
     """Where packed files live unless the settings say otherwise."""
-    base = os.environ.get("MOEPIC_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "moepic"
-    return Path(base).expanduser() / "packed"
+    return user_folder() / "packed"
 
 
 def check_layout(layer: MoeLayer, fused: Mapping[str, Tensor], layout: FusedLayout, name: str) -> None:

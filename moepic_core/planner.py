@@ -1,23 +1,45 @@
-"""From what the user wants and what the model needs to a `Plan`. Pure: no torch, no clock, no file.
+"""From what the user wants, what the model needs and what was measured to a `Plan`. Pure: no torch, no clock, no file.
 
-`uniform_plan` gives every layer the same split ratio and the same share of the cache. It is the paper's system without
-its configurator (arXiv 2509.08342); a planner that sets each layer's share by itself produces the same `Plan`, which is
-the only way into the engine.
+The engine, the command line and the page ask `make_plan`; `what_if` is the curve under the budget slider; an `Outlook`
+serves both for any number of budgets. `uniform_plan` gives every layer the same split ratio and share of the cache: the
+paper's system without its configurator (arXiv 2509.08342), and the answer while nothing is measured. The configurator
+itself is `frontier`. A plan is the only way into the engine, and never takes more than its budget.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
+from .cost_model import breakdown, table, walk
+from .costs import Breakdown, Costs
 from .errors import BadSettings, OutOfRoom
-from .geometry import record_stride, top_bytes, top_rows
-from .spec import STRATEGIES, LayerPlan, MemoryPlan, MoeLayer, Plan, Settings
+from .frontier import STEPS_PER_LAYER, Frontier, frontier
+from .geometry import record_stride, top_rows
+from .routing import RoutingTrace
+from .shares import (
+    DEFAULT_SPLIT,
+    all_tops,
+    cache_bytes,
+    equal_shares,
+    least_misses,
+    roomiest_split,
+    shares_of,
+    spend_rest,
+)
+from .spec import STRATEGIES, EvictionName, LayerPlan, MemoryPlan, MoeLayer, Plan, PredictorName, Settings
 from .units import format_bytes, parse_bytes
+from .workload import Workload, assumed_trace, replay, workload
 
-DEFAULT_SPLIT = 0.4  # best uniform ratio in the paper's preliminary study (Qwen1.5-MoE)
 HEADROOM = 0.9  # part of the free memory that budgets may take: a device filled to the brim slows down or fails
+EQUAL_SPLITS = (0.5, 1.0)  # that every plan is compared with
+MOST_TOKENS, FEWEST_TOKENS = 5000, 1024  # of a trace that is planned from: the newest (5,000: arXiv 2509.08342)
+EXPERTS_REPLAYED = 2_500_000  # tokens × experts, between the two: a fraction of a second's work
+OF_EXPERTS = "of experts"  # after a percentage: of the experts' bytes
 SMALLEST_STAGING = 2  # records: one is computed with while the next arrives
 
 
@@ -48,7 +70,7 @@ class Needs:
     @property
     def everything(self) -> int:
         """The budget with which all experts are resident: 100 %."""
-        return self.fixed + self.staging_records * self.record + _all_tops(self.layers, 1.0)
+        return self.fixed + self.staging_records * self.record + all_tops(self.layers, 1.0)
 
     @property
     def staging_records(self) -> int:
@@ -58,6 +80,7 @@ class Needs:
 
 def budget_bytes(vram: str | int, needs: Needs, free_bytes: int) -> int:
     """The budget in bytes. `auto`: what is free, but not more than everything. `50%`: of what everything needs.
+    `50% of experts`: what all but the cache needs, and half of the experts.
 
     Raises OutOfRoom below the smallest possible budget, and names it.
     """
@@ -65,6 +88,9 @@ def budget_bytes(vram: str | int, needs: Needs, free_bytes: int) -> int:
         budget = min(free_bytes, needs.everything)
     elif isinstance(vram, str) and vram.strip().endswith("%"):
         budget = int(_percent(vram) * needs.everything)
+    elif isinstance(vram, str) and vram.strip().endswith(OF_EXPERTS):
+        cache = _percent(vram.strip().removesuffix(OF_EXPERTS)) * sum(layer.layer_bytes for layer in needs.layers)
+        budget = needs.everything - all_tops(needs.layers, 1.0) + int(cache)
     else:
         budget = parse_bytes(vram)
     if budget < needs.smallest:
@@ -85,53 +111,178 @@ def uniform_plan(settings: Settings, needs: Needs, budget: int) -> Plan:
     strategy = STRATEGIES[settings.strategy]
     staging = min(needs.staging_records, (budget - needs.fixed) // needs.record)
     assert staging >= SMALLEST_STAGING, (staging, budget, needs)
-    room = budget - needs.fixed - needs.staging_records * needs.record if strategy.allocation == "uniform" else 0
+    room = _room(settings, needs, budget)
     wanted = settings.split if settings.split is not None else strategy.split
-    split = _roomiest_split(needs.layers, room) if wanted is None else wanted
-    shares = _share(needs.layers, split, room)
-    cache = sum(
-        share.slots * top_bytes(layer, share.top_rows) for layer, share in zip(needs.layers, shares, strict=True)
-    )
-    prefetch = strategy.predictor != "none" if settings.prefetch == "auto" else settings.prefetch == "on"
+    split = roomiest_split(needs.layers, room) if wanted is None else wanted
+    shares = equal_shares(needs.layers, split, room)
+    grown = "the paper's best uniform ratio" if split == DEFAULT_SPLIT else "all tops fit, so tops grew"
+    why = "as the strategy or the settings say" if wanted is not None else grown
+    predictor = _predictor(settings)
     return Plan(
         layers=shares,
         staging_records=staging,
-        eviction=strategy.eviction if settings.eviction == "auto" else settings.eviction,
-        predictor="next-router" if prefetch else "none",
-        prefetch_depth=min(needs.top_k, staging - 1) if prefetch else 0,
+        eviction=_eviction(settings),
+        predictor=predictor,
+        prefetch_depth=min(needs.top_k, staging - 1) if predictor != "none" else 0,
         misses=strategy.misses,
-        memory=MemoryPlan(needs.resident, needs.kv, needs.workspace, staging * needs.record, cache, budget),
+        memory=MemoryPlan(
+            needs.resident, needs.kv, needs.workspace, staging * needs.record, cache_bytes(needs.layers, shares), budget
+        ),
         strategy=strategy.name,
-        reason=_reason(strategy.name, split, shares, needs, wanted is not None),
+        reason=_reason(strategy.name, shares, needs.layers, why, split),
     )
 
 
-def _roomiest_split(layers: Sequence[MoeLayer], room: int) -> float:
-    """The default ratio, or the largest with which all tops fit: room that is left over makes tops longer (ours)."""
-    neurons = max(layer.neurons for layer in layers)
-    rows = bisect_right(range(neurons + 1), room, key=lambda rows: _all_tops(layers, rows / neurons)) - 1
-    return max(DEFAULT_SPLIT, rows / neurons)
+def make_plan(settings: Settings, needs: Needs, budget: int, costs: Costs | None, trace: RoutingTrace | None) -> Plan:
+    """The plan of a strategy under `budget` bytes, as its allocation says; equal shares while too little is known."""
+    if costs is None:
+        plan = uniform_plan(settings, needs, budget)
+        waits = STRATEGIES[settings.strategy].allocation in ("planned", "dynamic-program")
+        return replace(plan, reason=f"{plan.reason}; nothing is measured yet to plan from") if waits else plan
+    return Outlook(settings, needs, costs, trace, budget).plan(budget)
 
 
-def _all_tops(layers: Sequence[MoeLayer], split: float) -> int:
-    """Bytes that the tops of all experts take."""
-    return sum(layer.num_experts * top_bytes(layer, top_rows(layer, split)) for layer in layers)
+def what_if(
+    settings: Settings, needs: Needs, costs: Costs, trace: RoutingTrace | None, budgets: Sequence[int]
+) -> list[tuple[int, Breakdown]]:
+    """What a token would cost under each budget: the curve under the slider."""
+    plans = Outlook(settings, needs, costs, trace, max(budgets)).plans(budgets) if budgets else []
+    return [(plan.memory.budget, plan.predicted) for plan in plans if plan.predicted is not None]
 
 
-def _share(layers: Sequence[MoeLayer], split: float, room: int) -> tuple[LayerPlan, ...]:
-    """One slot per layer, round by round from the first layer on, as long as any fits."""
-    rows = [top_rows(layer, split) for layer in layers]
-    sizes = [top_bytes(layer, row) for layer, row in zip(layers, rows, strict=True)]
-    slots, before = [0] * len(layers), -1
-    while room != before:
-        before = room
-        for position, layer in enumerate(layers):
-            if slots[position] < layer.num_experts and 0 < sizes[position] <= room:
-                slots[position] += 1
-                room -= sizes[position]
-    return tuple(
-        LayerPlan(count, row, row / layer.neurons) for layer, row, count in zip(layers, rows, slots, strict=True)
-    )
+class Outlook:
+    """Plans and predictions for any budget up to `largest`, from one pass over a trace. Keep it while trace, costs and
+    settings are the same: what budgets have in common is made once, when it is first needed.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        needs: Needs,
+        costs: Costs,
+        trace: RoutingTrace | None,
+        largest: int,
+        steps_per_layer: int = STEPS_PER_LAYER,
+    ) -> None:
+        assert len(costs.layers) == len(needs.layers), (len(costs.layers), len(needs.layers))
+        self.settings = settings
+        self.needs = needs
+        self.costs = costs
+        self.largest = largest
+        self.steps_per_layer = steps_per_layer
+        num_experts = [layer.num_experts for layer in needs.layers]
+        self._cold = trace is None or trace.num_tokens == 0
+        self._allocation = "uniform" if self._cold else STRATEGIES[settings.strategy].allocation
+        if trace is None or trace.num_tokens == 0:
+            trace = assumed_trace(num_experts, needs.top_k)
+        trace = trace.last(min(MOST_TOKENS, max(FEWEST_TOKENS, EXPERTS_REPLAYED // sum(num_experts))))
+        self._replay = replay(trace, _eviction(settings), _predictor(settings))
+        self._works: dict[int, Workload] = {}
+
+    def plan(self, budget: int) -> Plan:
+        return self.plans([budget])[0]
+
+    def plans(self, budgets: Sequence[int]) -> list[Plan]:
+        """One for each budget; together they take little longer than one."""
+        layers, bases = self.needs.layers, [uniform_plan(self.settings, self.needs, budget) for budget in budgets]
+        candidates = [self._candidates(base) for base in bases]
+        everything = table(*(shares for each in candidates for shares in each))
+        may_choose = self._allocation == "planned" and self.settings.prefetch == "auto"
+        depths = {base.prefetch_depth for base in bases} | ({0} if may_choose else set())
+        walks = {
+            depth: walk(self._work(depth), layers, self.costs, *everything, itemised=True) for depth in sorted(depths)
+        }
+        plans, row = [], 0
+        for base, shares in zip(bases, candidates, strict=True):
+            ways = [base.prefetch_depth, 0] if may_choose else [base.prefetch_depth]
+            seconds = np.array([walks[depth].total_s[row : row + len(shares)] for depth in ways])
+            way, best = np.unravel_index(seconds.argmin(), seconds.shape)
+            predicted = breakdown(walks[ways[way]], row + int(best), self.costs)
+            plans.append(self._chosen(base, shares, int(best), ways[way], predicted))
+            row += len(shares)
+        return plans
+
+    def _candidates(self, base: Plan) -> list[tuple[LayerPlan, ...]]:
+        """What the allocation proposes, and for the configurator the equal shares that it has to beat."""
+        layers, room = self.needs.layers, max(0, _room(self.settings, self.needs, base.memory.budget))
+        if self._allocation == "dynamic-program":
+            rows = [share.top_rows for share in base.layers]
+            return [least_misses(layers, rows, self._hits(base.prefetch_depth), room)]
+        if self._allocation != "planned":
+            return [base.layers]
+        levels, row, _ = self._frontier.best(room)
+        found = shares_of(layers, levels.slots[row].tolist(), levels.rows[row].tolist())
+        splits = EQUAL_SPLITS if self.settings.split is None else ()
+        return [found, base.layers, *(equal_shares(layers, split, room) for split in splits)]
+
+    def _chosen(
+        self, base: Plan, candidates: Sequence[tuple[LayerPlan, ...]], best: int, depth: int, predicted: Breakdown
+    ) -> Plan:
+        layers, shares, reason, rounds = self.needs.layers, candidates[best], base.reason, 0
+        if self._allocation == "dynamic-program":
+            why = "shares of the fewest expected misses, by dynamic program"
+            reason = _reason(base.strategy, shares, layers, why)
+        elif self._allocation == "planned":
+            room = max(0, _room(self.settings, self.needs, base.memory.budget))
+            levels, *_ = self._frontier.best(room)
+            rounds, why = levels.rounds, "equal shares, predicted to be faster than all unequal ones that were found"
+            if best == 0:
+                # What is left over is not predicted for, so that a prediction never rises with the budget.
+                shares = spend_rest(layers, shares, self._hits(depth), room)
+                end = "no move of memory between layers helps any more" if levels.settled else "no more are made"
+                why = f"planned in {rounds} rounds: {end}"
+            why += "; no prefetch, which would cost more than it hides" if depth < base.prefetch_depth else ""
+            reason = _reason(base.strategy, shares, layers, why)
+        notes = [self._replay.trace.source] if self._cold else []
+        notes += [self._replay.assumed] if self._replay.assumed and depth else []
+        return replace(
+            base,
+            layers=shares,
+            predictor=base.predictor if depth else "none",
+            prefetch_depth=depth,
+            memory=replace(base.memory, cache=cache_bytes(layers, shares)),
+            reason="; ".join([reason, *notes]),
+            rounds=rounds,
+            predicted=predicted,
+        )
+
+    def _hits(self, depth: int) -> list[NDArray[np.float64]]:
+        """Of a token, per layer with 0 to num_experts slots."""
+        return [tokens.hits.mean(axis=1) for tokens in self._work(depth).layers]
+
+    def _work(self, depth: int) -> Workload:
+        if depth not in self._works:
+            self._works[depth] = workload(self._replay, depth)
+        return self._works[depth]
+
+    @cached_property
+    def _frontier(self) -> Frontier:
+        settings, needs = self.settings, self.needs
+        depth = needs.top_k if _predictor(settings) != "none" else 0
+        depths = [depth, 0] if depth and settings.prefetch == "auto" else [depth]
+        rows = None if settings.split is None else [top_rows(layer, settings.split) for layer in needs.layers]
+        works, room = [self._work(depth) for depth in depths], _room(settings, needs, self.largest)
+        return frontier(works, needs.layers, self.costs, max(0, room), rows, self.steps_per_layer)
+
+
+def _room(settings: Settings, needs: Needs, budget: int) -> int:
+    """Bytes for the cache; negative where staging is not complete."""
+    if STRATEGIES[settings.strategy].allocation == "none":
+        return 0
+    return budget - needs.fixed - needs.staging_records * needs.record
+
+
+def _eviction(settings: Settings) -> EvictionName:
+    return STRATEGIES[settings.strategy].eviction if settings.eviction == "auto" else settings.eviction
+
+
+def _predictor(settings: Settings) -> PredictorName:
+    own = STRATEGIES[settings.strategy].predictor
+    if settings.prefetch == "auto":
+        return own
+    if settings.prefetch == "off":
+        return "none"
+    return own if own != "none" else "next-router"
 
 
 def _percent(text: str) -> float:
@@ -145,12 +296,14 @@ def _percent(text: str) -> float:
     return value / 100
 
 
-def _reason(name: str, split: float, shares: Sequence[LayerPlan], needs: Needs, asked: bool) -> str:
-    slots, experts = sum(share.slots for share in shares), sum(layer.num_experts for layer in needs.layers)
+def _reason(
+    name: str, shares: Sequence[LayerPlan], layers: Sequence[MoeLayer], why: str, asked: float | None = None
+) -> str:
+    slots, experts = sum(share.slots for share in shares), sum(layer.num_experts for layer in layers)
+    splits = [share.split_ratio for share in shares] if asked is None else [asked]
     if not slots:
         return f"{name}: no expert is cached, every use streams from the host"
-    if slots == experts and split >= 1:
+    if slots == experts and min(splits) >= 1:
         return f"{name}: all {experts} experts are resident"
-    grown = "the paper's best uniform ratio" if split == DEFAULT_SPLIT else "all tops fit, so tops grew"
-    why = "as the strategy or the settings say" if asked else grown
-    return f"{name}: {slots} of {experts} tops cached, split ratio {split:.2f} everywhere ({why})"
+    span = f"{splits[0]:.2f} everywhere" if min(splits) == max(splits) else f"{min(splits):.2f} to {max(splits):.2f}"
+    return f"{name}: {slots} of {experts} tops cached, split ratio {span} ({why})"

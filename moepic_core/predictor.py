@@ -44,13 +44,14 @@ class Predictor:
         right, total = self._right[layer], self._total[layer]
         return [Guess(expert, rank, (right[rank] + 1) / (total[rank] + 2)) for rank, expert in enumerate(ranked)]
 
-    def observe(self, layer: int, actual: Collection[int]) -> None:
-        """The router of `layer` chose `actual`: score and close the open prediction, if there is one."""
+    def observe(self, layer: int, actual: Collection[int]) -> tuple[int, ...]:
+        """The router of `layer` chose `actual`: scores, closes and returns the open prediction; empty if none is."""
+        guesses, self._open[layer] = self._open[layer], ()
         right, total = self._right[layer], self._total[layer]
-        for rank, expert in enumerate(self._open[layer]):
+        for rank, expert in enumerate(guesses):
             total[rank] += 1
             right[rank] += expert in actual
-        self._open[layer] = ()
+        return guesses
 
     def forget_open(self) -> None:
         """Drop all open predictions unscored: the generation that they belong to has ended or was cancelled."""

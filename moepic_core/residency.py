@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .activation_matrices import ActivationMatrices
 from .arena import Arena
 from .device_cache import LayerCache, Slot, SlotState
 from .errors import Cancelled
@@ -26,6 +28,7 @@ from .geometry import Segment, record_stride, segment
 from .host_store import HostStore
 from .packing import rows_of
 from .predictor import Predictor
+from .routing import RoutingTrace
 from .spec import MoeLayer, Plan
 from .staging import Staging, StagingBuffer
 from .telemetry import Telemetry
@@ -71,11 +74,13 @@ class Residency:
         self.staging = Staging(arena)
         self.policies: list[EvictionPolicy] = []
         self.predictor = Predictor(len(layers), max_depth=1)
+        self.matrices: ActivationMatrices | None = None  # of requests, where the plan's predictor guesses from them
         self.plan: Plan | None = None
         self.token = 0  # number of the first token of the running pass, counted over the engine's life
         self.decode = True
+        self.precise = False  # for measuring: wait after each segment until the device has computed it
         self._pass_tokens = 0
-        self._wishes: deque[tuple[int, int]] = deque()  # (layer, expert) still to be prefetched, best first
+        self.wishes: deque[tuple[int, int]] = deque()  # (layer, expert) still to be prefetched, best first
 
     def apply(self, plan: Plan) -> None:
         """Makes the device look as `plan` says, between two forward passes. Gives back memory before it takes any."""
@@ -84,6 +89,10 @@ class Residency:
             self.policies = [make_policy(plan.eviction, layer.num_experts) for layer in self.layers]
         if self.plan is None or self.plan.prefetch_depth != plan.prefetch_depth:
             self.predictor = Predictor(len(self.layers), max_depth=max(1, plan.prefetch_depth))
+        if plan.predictor != "activation-matrices":
+            self.matrices = None
+        elif self.matrices is None:
+            self.matrices = ActivationMatrices([layer.num_experts for layer in self.layers])
         self.plan = plan
         for cache, policy, share in zip(self.caches, self.policies, plan.layers, strict=True):
             cache.shrink(share.slots, share.top_rows, policy.ranking(self.token))
@@ -99,6 +108,62 @@ class Residency:
                 buffer.fence = buffer.fence or fence
             for slot in (slot for cache in self.caches for slot in cache.slots):
                 slot.fence = slot.fence or fence
+
+    @contextmanager
+    def rehearsal(self, plan: Plan) -> Iterator[None]:
+        """Within, `plan` holds and everything is recorded apart, precisely; the caller applies its own plan after."""
+        names = ("telemetry", "policies", "predictor", "matrices", "token", "_pass_tokens", "plan")
+        kept = {name: getattr(self, name) for name in names}
+        self.telemetry, self.policies, self.plan = self.telemetry.fresh(), [], None
+        self.token, self._pass_tokens, self.precise = 0, 0, True
+        try:
+            self.apply(plan)
+            yield
+        finally:
+            self.forget_guesses()
+            self.transfer.drain_events()
+            vars(self).update(kept)
+            self.precise = False
+
+    def remember(self, trace: RoutingTrace) -> None:
+        """Tells the eviction policies what earlier tokens used, as if they had just been made."""
+        self.token = max(self.token, trace.num_tokens)
+        for now, layers in enumerate(trace.experts.tolist(), start=self.token - trace.num_tokens):
+            for policy, experts in zip(self.policies, layers, strict=True):
+                for expert in experts:
+                    if expert >= 0:
+                        policy.touch(expert, now)
+
+    def warm_up(self) -> None:
+        """Fills free slots with the tops that the eviction policies rank highest."""
+        for layer, (cache, policy) in enumerate(zip(self.caches, self.policies, strict=True)):
+            missing = [expert for expert in policy.ranking(self.token) if cache.find(expert) is None]
+            loads = []
+            for expert in missing:
+                slot = cache.free_slot()
+                if slot is None:
+                    break
+                cache.claim(slot, expert)
+                loads.append((slot, self.load_top(layer, slot)))
+            for slot, ticket in loads:
+                ticket.wait(self.cancelled)
+                cache.arrived(slot)
+                cache.release(slot, None)
+        self.transfer.drain_events()
+
+    def empty(self) -> None:
+        """Nothing is cached, guessed or known of earlier tokens; `apply` must follow."""
+        self.forget_guesses()
+        for cache in self.caches:
+            cache.shrink(0, cache.top_rows, [])
+        self.policies, self.matrices, self.plan = [], None, None
+
+    def begin_reply(self) -> None:
+        """A request starts: policies and predictors that think in requests hear of it."""
+        for policy in self.policies:
+            policy.begin_request()
+        if self.matrices is not None:
+            self.matrices.begin_request()
 
     def begin_pass(self, tokens: int) -> None:
         """A forward pass over `tokens` new tokens starts. One token is decoding, more are prefill."""
@@ -134,13 +199,13 @@ class Residency:
         if self.decode:
             guesses = self.predictor.propose(layer, ranked[: self.plan.prefetch_depth])
             ranked = [guess.expert for guess in guesses]
-        self._wishes = deque((layer, expert) for expert in ranked)
+        self.wishes = deque((layer, expert) for expert in ranked)
         self.place_wishes()
 
     def place_wishes(self) -> None:
         """Starts as many queued guesses as staging has free buffers."""
-        while self._wishes and self.staging.free:
-            layer, expert = self._wishes.popleft()
+        while self.wishes and self.staging.free:
+            layer, expert = self.wishes.popleft()
             cache = self.caches[layer]
             top_cached = cache.find(expert) is not None
             if self.staging.find_guess(layer, expert) is not None or (
@@ -207,7 +272,7 @@ class Residency:
 
     def forget_guesses(self) -> None:
         """Drops all guesses, at a change of plan or when a generation ends early."""
-        self._wishes.clear()
+        self.wishes.clear()
         for buffer in list(self.staging.guesses.values()):
             self.drop_guess(buffer)
         self.predictor.forget_open()
@@ -284,6 +349,7 @@ class Step:
         self._arriving: list[_Part] = []
         self._waiting: deque[_Need] = deque()  # for a staging buffer
         self._counts = counts
+        self._start_s = time.perf_counter()
 
     def __enter__(self) -> Step:
         try:
@@ -310,19 +376,23 @@ class Step:
         """After an error or a stop: nothing stays half-arrived, and every buffer is free again."""
         assert kind is not None or not self.open, sorted(self.open)
         self._abandon_all()
+        telemetry, token = self.residency.telemetry, self.residency.token
+        telemetry.event(EventKind.STEP, self.layer, -1, Part.WHOLE, self._start_s, time.perf_counter(), 0, token)
 
     def _begin(self, counts: Mapping[int, int]) -> None:
         residency, layer = self.residency, self.layer
+        residency.wishes.clear()  # this layer is here: what was wished for it is demanded now or was wrong
         policy = residency.policies[layer]
         for expert, count in counts.items():
             policy.touch(expert, residency.token, count)
         for guessed_layer, expert in list(residency.staging.guesses):
             if guessed_layer == layer and expert not in counts:
                 residency.drop_guess(residency.staging.guesses[layer, expert])
-        if residency.decode:
-            residency.predictor.observe(layer, counts)
+        guesses = residency.predictor.observe(layer, counts) if residency.decode else ()
+        if residency.matrices is not None and residency.decode:
+            residency.matrices.observe(layer, counts)
         outcomes = [self._classify(expert) for expert in counts]
-        residency.telemetry.layer_step(layer, residency.token, list(counts), outcomes, list(counts.values()))
+        residency.telemetry.layer_step(layer, residency.token, list(counts), outcomes, list(counts.values()), guesses)
         for need in list(self.open.values()):
             self._demand(need)
 
@@ -420,6 +490,8 @@ class Step:
 
     def _computed(self, piece: Piece, start_s: float) -> None:
         """The caller came back for the next piece: it computed `piece` from `start_s` until now."""
+        if self.residency.precise:
+            self.residency.transfer.fence().wait()
         now_s, num_rows = time.perf_counter(), piece.weights.shape[0]
         part = Part.TOP if piece.start_row == 0 else Part.BOTTOM
         if num_rows == self.cache.geometry.neurons:

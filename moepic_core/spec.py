@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from .costs import Breakdown
 from .errors import BadSettings, nearest
 
 DeviceKind = Literal["cuda", "cpu"]
 MissHandling = Literal["fetch"]
+EvictionName = Literal["lcp", "lcp-aged", "lru", "lfu", "request-frequency"]
+PredictorName = Literal["none", "next-router", "activation-matrices"]
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,9 @@ class Strategy:
 
     name: str
     split: float | None  # fixed split ratio; None lets the plan choose
-    eviction: Literal["lcp", "lru", "lfu"]
-    allocation: Literal["none", "uniform"]
-    predictor: Literal["none", "next-router"]
+    eviction: EvictionName
+    allocation: Literal["none", "uniform", "planned", "dynamic-program"]
+    predictor: PredictorName
     misses: MissHandling
     summary: str
 
@@ -113,10 +116,14 @@ class Strategy:
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy("moepic", None, "lcp", "uniform", "next-router", "fetch",
-                 "split experts, hot tops cached by LCP, next layer prefetched (this project)"),
+        Strategy("moepic", None, "lcp-aged", "planned", "next-router", "fetch",
+                 "split experts, hot tops cached by ageing LCP, next layer prefetched, shares planned (this project)"),
         Strategy("mixtral-offloading", 1.0, "lru", "uniform", "next-router", "fetch",
                  "whole experts cached by LRU, next layer prefetched"),
+        Strategy("adapmoe", 1.0, "lru", "dynamic-program", "next-router", "fetch",
+                 "whole experts cached by LRU, layers' shares by dynamic program, next layer prefetched"),
+        Strategy("moe-infinity", 1.0, "request-frequency", "uniform", "activation-matrices", "fetch",
+                 "whole experts cached by frequency in the request, prefetched by matching past requests"),
         Strategy("pregated", 0.0, "lru", "none", "next-router", "fetch",
                  "no cache, next layer prefetched"),
         Strategy("on-demand", 0.0, "lru", "none", "none", "fetch",
@@ -132,10 +139,10 @@ class Settings:
     checkpoint: str
     device: Literal["auto", "cuda", "cpu"] = "auto"
     link: str = "auto"  # auto | disk | emulated:16GB/s | pcie3x16 | pcie4x16 | pcie5x16 …; cuda uses its own bus
-    vram: str | int = "auto"  # bytes, "2GB", "2GiB", or "50%" of what the whole model would need on the device
+    vram: str | int = "auto"  # bytes, "2GB", "2GiB", "50%" of what everything would need, "50% of experts"
     strategy: str = "moepic"
     split: float | None = None  # overrides the strategy's split ratio
-    eviction: Literal["auto", "lcp", "lru", "lfu"] = "auto"
+    eviction: Literal["auto"] | EvictionName = "auto"
     prefetch: Literal["auto", "on", "off"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     context_length: int | None = None  # tokens that KV memory is reserved for; None: up to 4096
@@ -159,7 +166,7 @@ class Settings:
     def __post_init__(self) -> None:
         _choice("strategy", self.strategy, STRATEGIES)
         _choice("device", self.device, ("auto", "cuda", "cpu"))
-        _choice("eviction", self.eviction, ("auto", "lcp", "lru", "lfu"))
+        _choice("eviction", self.eviction, ("auto", *get_args(EvictionName)))
         _choice("prefetch", self.prefetch, ("auto", "on", "off"))
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.split is not None and not 0 <= self.split <= 1:
@@ -211,12 +218,12 @@ class Plan:
 
     layers: tuple[LayerPlan, ...]
     staging_records: int  # buffers of one whole expert each
-    eviction: Literal["lcp", "lru", "lfu"]
-    predictor: Literal["none", "next-router"]
+    eviction: EvictionName
+    predictor: PredictorName
     prefetch_depth: int  # experts guessed per layer, at most
     misses: MissHandling
     memory: MemoryPlan
     strategy: str
     reason: str  # why it looks like this, for people
     rounds: int = 0
-    predicted_tpot_s: float | None = None
+    predicted: Breakdown | None = None  # of one token; None where nothing was measured to predict from

@@ -41,6 +41,7 @@ class Telemetry:
         event_capacity: int = 1 << 16,
         routing_capacity: int = 1 << 18,  # 4096 tokens of 64 layers
     ) -> None:
+        self._shape = num_layers, num_experts, top_k, event_capacity, routing_capacity
         self._num_layers, self._top_k = num_layers, top_k
         self._lock = threading.Lock()
         self._events = Ring(EVENT, event_capacity)
@@ -59,6 +60,10 @@ class Telemetry:
         self._session_before = self._session()  # as it was when the current reply began
         self._plan: Plan | None = None
         self._memory_bytes: Mapping[str, int] = MappingProxyType({})
+
+    def fresh(self) -> Telemetry:
+        """An empty one for the same model."""
+        return Telemetry(*self._shape)
 
     # What happens, in the order of a reply
 
@@ -114,22 +119,30 @@ class Telemetry:
     # What happens in every layer
 
     def layer_step(
-        self, layer: int, token: int, experts: Sequence[int], outcomes: Sequence[int], counts: Sequence[int]
+        self,
+        layer: int,
+        token: int,
+        experts: Sequence[int],
+        outcomes: Sequence[int],
+        counts: Sequence[int],
+        guesses: Sequence[int] = (),
     ) -> None:
         """A pass ran `layer`: its distinct experts, what was resident of each, and how many tokens used each.
 
-        `token` is the number of the pass's first token; a decode pass has one token and top_k experts.
+        `token` is the number of the pass's first token; a decode pass has one token and top_k experts. `guesses` are
+        the experts that had been predicted for it, best first, at most top_k.
         """
         assert 0 <= layer < self._num_layers, f"layer {layer} of {self._num_layers}"
         assert len(experts) == len(outcomes) == len(counts), f"{experts} with {outcomes} and {counts}"
         room = self._top_k
+        guessed = [*guesses, *[-1] * (room - len(guesses))]
         if padding := -len(experts) % room:
             experts, outcomes, counts = ([*column, *[0] * padding] for column in (experts, outcomes, counts))
         with self._lock:
             phase, put = self._trace_phase, self._routing.put
             for i in range(0, len(experts), room):
                 j = i + room
-                put((token, self._reply_number, layer, phase, experts[i:j], outcomes[i:j], counts[i:j]))
+                put((token, self._reply_number, layer, phase, experts[i:j], outcomes[i:j], counts[i:j], guessed))
             totals, activations = self._counts[phase][layer], self._activations[phase][layer]
             for expert, outcome, count in zip(experts, outcomes, counts, strict=True):
                 totals[outcome] += count

@@ -8,6 +8,7 @@ seconds of one monotonic clock, -1 stands for no expert or no layer. Neither cla
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .routing import RoutingTrace
 
 
 class EventKind(IntEnum):
@@ -25,6 +28,7 @@ class EventKind(IntEnum):
     USED = 4  # prefetched bytes met their first use (an instant)
     WASTED = 5  # prefetched bytes were forgotten unused (an instant)
     TOKEN = 6  # a new token was made, since the token before it or the start of the reply
+    STEP = 7  # a layer's experts were at work: from its router's answer until the last of them was computed
 
 
 class Part(IntEnum):
@@ -56,11 +60,12 @@ def routing_dtype(top_k: int) -> np.dtype[np.void]:
     """What one layer used in the pass that began with `token`: its experts, what was resident, by how many tokens.
 
     A row has room for top_k experts: one row per layer in decode, as many as it takes in prefill, the last one padded
-    with counts of 0.
+    with counts of 0. `guesses` were predicted for the layer, best first, padded with -1.
     """
     return np.dtype([
         ("token", "i8"), ("reply", "i4"), ("layer", "i2"), ("phase", "u1"),
         ("experts", "i2", (top_k,)), ("outcomes", "u1", (top_k,)), ("counts", "i4", (top_k,)),
+        ("guesses", "i2", (top_k,)),
     ])  # fmt: skip
 
 
@@ -72,6 +77,25 @@ class Trace:
     routing: NDArray[np.void]  # [rows] of routing_dtype
     lost_events: int
     lost_routing: int
+
+
+def decoded(trace: Trace, num_experts: Sequence[int], source: str, subjects: Mapping[int, str]) -> RoutingTrace:
+    """What the routing rows say of decoding, one entry per token of which every layer is still there.
+
+    `num_experts` per layer; `subjects` names what replies were about, by their number, where that is known.
+    """
+    rows = trace.routing[trace.routing["phase"] == TracePhase.DECODE]
+    tokens, sizes = np.unique(rows["token"], return_counts=True)
+    rows = rows[np.isin(rows["token"], tokens[sizes == len(num_experts)])]
+    rows = rows[np.lexsort((rows["layer"], rows["token"]))].reshape(-1, len(num_experts))
+    experts = np.where(rows["counts"] > 0, rows["experts"], np.int16(-1))
+    names = tuple(dict.fromkeys(subjects.values())) or ("unknown",)
+    replies = rows["reply"][:, 0]
+    numbers = [names.index(subjects[reply]) if reply in subjects else 0 for reply in replies.tolist()]
+    return RoutingTrace(
+        experts, np.array(rows["guesses"]), tuple(num_experts), replies.astype(np.int32), np.array(numbers, np.int16),
+        names, source,
+    )  # fmt: skip
 
 
 class Ring:

@@ -18,6 +18,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "moepic-tests-have-no-hub-cache")
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What outlives a session is kept in a folder of each test's own, and measuring a machine takes no time."""
+    monkeypatch.setenv("MOEPIC_HOME", str(tmp_path_factory.mktemp("home")))
+    from moepic_core import calibration, link_probe
+
+    monkeypatch.setattr(calibration, "_SECONDS", 0.02)
+    monkeypatch.setattr(link_probe, "_SECONDS", 0.01)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`checkpoints("mixtral", torch.bfloat16)`: the folder of a tiny checkpoint, made once per session. Read only."""

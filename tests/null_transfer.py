@@ -66,6 +66,10 @@ class NullTransfer:
         self._open: list[NullTicket] = []  # in the order of submission or promotion
         self._closed: MoepicError | None = None
 
+    @property
+    def chunk_bytes(self) -> int:
+        return self.ledger.chunk_bytes
+
     def submit(
         self,
         source: Source,

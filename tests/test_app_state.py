@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from app import demo_checkpoint
+from app import checkpoints, demo_checkpoint
+from app.main import first_settings
 from app.nouns import Look
 from app.state import State
 from moepic_core.engine import Engine
@@ -45,7 +46,7 @@ def loaded(state: State) -> State:
 
 
 def greedy(state: State, max_new_tokens: int = 24, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-    return state.reply(QUESTION, 0.0, 1.0, max_new_tokens, stopped)
+    return (answer.text for answer in state.reply(QUESTION, 0.0, 1.0, max_new_tokens, stopped))
 
 
 def test_before_the_first_load_there_is_nothing(state: State) -> None:
@@ -145,7 +146,7 @@ def test_another_model_takes_over(state: State, checkpoints: Callable[..., Path]
 def test_one_load_at_a_time_and_it_can_be_cancelled(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = threading.Event()
 
-    def slow(settings: Settings, progress: Any, cancelled: Callable[[], bool]) -> Engine:
+    def slow(settings: Settings, progress: Any, cancelled: Callable[[], bool], *_: object) -> Engine:
         begun.set()
         while not cancelled():
             time.sleep(0.001)
@@ -230,6 +231,38 @@ def test_a_prompt_that_is_too_long_costs_the_answer_only(state: State) -> None:
     assert list(greedy(state))
 
 
+def test_a_reply_tells_how_far_it_is_and_why_it_ended(state: State) -> None:
+    state.settings = state.settings.replace(prefill_chunk=16)
+    messages = [{"role": "user", "content": "word " * 50}]
+    answers = list(loaded(state).reply(messages, 0.0, 1.0, 6, lambda: False, top_k=5))
+    read = [answer.read_tokens for answer in answers]
+    assert read == sorted(read)
+    last = answers[-1]
+    assert last.read_tokens == last.prompt_tokens > 50
+    assert {answer.reason for answer in answers[:-1]} == {None}
+    assert last.reason in ("length", "stop")
+    assert last.figures is not None
+    assert last.figures.ttft_s is not None
+    stopped = list(state.reply(messages, 0.0, 1.0, CONTEXT, lambda: True))
+    assert stopped[-1].reason == "stopped"
+    with pytest.raises(BadSettings, match="top_k -1 is out of range"):
+        list(state.reply(messages, 0.0, 1.0, 6, lambda: False, top_k=-1))
+
+
+def test_one_reply_waits_for_the_other(state: State) -> None:
+    first = loaded(state).reply(QUESTION, 0.0, 1.0, CONTEXT, lambda: False)
+    next(first)
+    stop = threading.Event()
+    second = state.reply(QUESTION, 0.0, 1.0, 4, stop.is_set)
+    assert next(second).waits
+    impatient = state.reply(QUESTION, 0.0, 1.0, 4, lambda: True)
+    assert [answer.reason for answer in impatient] == ["stopped"]
+    first.close()  # type: ignore[attr-defined]
+    answers = list(second)
+    assert answers[-1].reason == "length"
+    assert answers[-1].text
+
+
 def test_without_a_chat_template_the_text_is_continued(tmp_path: Path, checkpoints: Callable[..., Path]) -> None:
     folder = tmp_path / "base"
     shutil.copytree(checkpoints("qwen3_moe"), folder)
@@ -289,3 +322,20 @@ def test_a_demo_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("MOEPIC_HOME", str(tmp_path / "file"))
     with pytest.raises(OutOfRoom, match="give a --checkpoint, or set MOEPIC_HOME"):
         demo_checkpoint.demo_checkpoint()
+
+
+def test_the_bundled_model_is_the_default_and_knows_its_facts() -> None:
+    settings = first_settings(None, device="cpu", link="emulated:2GB/s")
+    assert settings.checkpoint == str(checkpoints.BUNDLED)
+    state = loaded(State(settings))
+    try:
+        question = [{"role": "user", "content": "What is a split ratio?"}]
+        *_, last = state.reply(question, 0.0, 1.0, 120, lambda: False)
+        assert "may stay in VRAM as its top" in last.text
+        look = state.look()
+        assert look.loaded is not None
+        assert look.loaded.spec.num_parameters < 20_000_000
+        prompts = checkpoints.suggested_prompts(look.loaded.spec.path)
+        assert prompts[0] == "What is a split ratio?"
+    finally:
+        state.close()

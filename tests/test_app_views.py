@@ -1,4 +1,4 @@
-"""From looks and previews to words and numbers, and from the chat's history to what the model reads. No browser."""
+"""From looks and previews to words and numbers. No browser."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import conversation, demo_checkpoint, views
+from app import demo_checkpoint, terms, views
 from app.nouns import Loaded, Look, Notice, Preview, Progress
-from app.panels import chat
 from app.panels.budget import wanted_bytes, wanted_vram
 from moepic_core.links import parse_link
 from moepic_core.metrics import NUM_COUNTS, Counters, Reply, Scope, Snapshot
@@ -75,7 +74,7 @@ def test_figures_of_a_reply() -> None:
 
 
 def test_every_figure_is_a_metric_with_a_definition() -> None:
-    assert all(figure.definition for figure in views.FIGURES)
+    assert all(terms.define(figure.metric) for figure in views.FIGURES)
     assert len({figure.key for figure in views.FIGURES}) == len(views.FIGURES)
 
 
@@ -186,56 +185,3 @@ def test_the_end_of_the_slider_means_everything() -> None:
 )
 def test_the_bar_says_whether_it_is_in_force(in_use: int | None, state: str) -> None:
     assert views.budget_card(preview(CPU), 6 * GB, in_use)["state"] == state
-
-
-def part(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
-
-
-@pytest.mark.parametrize(
-    ("system", "history", "wanted"),
-    [
-        ("", [], [("user", "now")]),
-        (" be brief ", [], [("system", "be brief"), ("user", "now")]),
-        ("", [("user", "a"), ("assistant", "b")], [("user", "a"), ("assistant", "b"), ("user", "now")]),
-        ("", [("user", "stopped before an answer")], [("user", "stopped before an answer\n\nnow")]),
-        ("", [("user", "a"), ("assistant", "")], [("user", "a\n\nnow")]),
-    ],
-)
-def test_the_conversation_that_the_model_reads(system: str, history: list[Any], wanted: list[Any]) -> None:
-    entries = [{"role": role, "content": part(text), "metadata": None, "options": None} for role, text in history]
-    turns = conversation.messages(system, [*entries, {"role": "user", "content": "now"}])
-    assert [(turn["role"], turn["content"]) for turn in turns] == wanted
-
-
-def test_reasoning_of_earlier_turns_is_left_out() -> None:
-    history = [
-        {"role": "user", "content": part("a"), "metadata": None},
-        {"role": "assistant", "content": part("hm"), "metadata": {"title": "Reasoning"}},
-        {"role": "assistant", "content": "b", "metadata": None},
-    ]
-    assert [turn["content"] for turn in conversation.messages("", history)] == ["a", "b"]
-
-
-HISTORY = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("assistant", "e")]
-
-
-@pytest.mark.parametrize(
-    ("history", "retried", "undone"),
-    [
-        (HISTORY, HISTORY[:3], ("c", HISTORY[:2])),
-        (HISTORY[:3], HISTORY[:3], ("c", HISTORY[:2])),
-        (HISTORY[:2], HISTORY[:1], ("a", [])),
-        ([], [], ("", [])),
-    ],
-)
-def test_retry_and_undo_cut_at_the_last_question(history: list[Any], retried: list[Any], undone: Any) -> None:
-    entries = [{"role": role, "content": part(text)} for role, text in history]
-    assert chat.retry(entries) == entries[: len(retried)]
-    assert chat.undo(entries) == (undone[0], entries[: len(undone[1])])
-
-
-@pytest.mark.parametrize(("text", "sent"), [("hello", True), (" \n", False), ("", False)])
-def test_only_words_are_sent(text: str, sent: bool) -> None:
-    left, history = chat.send(text, [])
-    assert (left, len(history)) == (("", 1) if sent else (text, 0))

@@ -11,7 +11,8 @@ from moepic_core.errors import BadSettings
 from moepic_core.eviction import LCP_OMEGA, LCP_RHO, make_policy
 
 NUM_EXPERTS = 6
-POLICIES = ("lcp", "lru", "lfu")
+POLICIES = ("lcp", "lcp-aged", "lru", "lfu", "request-frequency")
+ALIKE = {"lcp-aged": "lcp", "request-frequency": "lfu"}  # while no expert is touched twice, and within one request
 
 # (expert, token, count) in order; candidates; token of the eviction; who leaves under each policy
 TABLE = [
@@ -37,8 +38,9 @@ def test_victim(name, history, candidates, now, leaves):
     for expert, token, count in history:
         policy.touch(expert, token, count)
         policy.check()
-    assert policy.victim(candidates, now) == leaves[name]
-    assert policy.victim(sorted(candidates, reverse=True), now) == leaves[name]  # the order of asking does not matter
+    wanted = leaves[ALIKE.get(name, name)]
+    assert policy.victim(candidates, now) == wanted
+    assert policy.victim(sorted(candidates, reverse=True), now) == wanted  # the order of asking does not matter
 
 
 def paper_priority(count, idle):
@@ -51,6 +53,63 @@ def test_lcp_priority_is_the_logarithm_of_the_papers():
     policy.touch(0, 40, 2)
     assert policy.priority(0, 100) == pytest.approx(math.log2(paper_priority(5, 60)), rel=1e-12)
     assert policy.priority(1, 100) == -math.inf
+
+
+def test_every_activation_fades_in_lcp_aged():
+    policy = make_policy("lcp-aged", NUM_EXPERTS)
+    policy.touch(0, 10, 3)
+    policy.touch(0, 40, 2)
+    wanted = paper_priority(3, 90) + paper_priority(2, 60)
+    assert policy.priority(0, 100) == pytest.approx(math.log2(wanted), rel=1e-12)
+    assert policy.priority(1, 100) == -math.inf
+
+
+def test_one_stray_activation_brings_old_fame_back_only_under_lcp():
+    """Expert 0 served the old subject 1000 times, expert 1 serves the new one; then 0 is touched once by accident."""
+    for name, leaves in [("lcp", 1), ("lcp-aged", 0)]:
+        policy = make_policy(name, NUM_EXPERTS)
+        for token in range(1000):
+            policy.touch(0, token)
+        for token in range(1500, 1600, 10):
+            policy.touch(1, token)
+        policy.touch(0, 1595)
+        assert policy.victim([0, 1], 1600) == leaves, name
+
+
+def test_mu_stays_small_in_lcp_aged():
+    """However long an expert was used at every token, its μ is that of the geometric series."""
+    policy = make_policy("lcp-aged", NUM_EXPERTS)
+    for token in range(20_000):
+        policy.touch(0, token)
+    limit = 1 / (1 - LCP_RHO ** (1 / LCP_OMEGA))
+    assert policy.priority(0, token) == pytest.approx(math.log2(limit), rel=1e-12)
+
+
+def test_request_frequency_forgets_what_went_before():
+    """The share of this request's activations counts; whoever has none leaves first, the lowest id among those."""
+    policy = make_policy("request-frequency", NUM_EXPERTS)
+    for expert, token in [(2, 0), (2, 1), (2, 2), (0, 3)]:
+        policy.touch(expert, token)
+    policy.begin_request()
+    policy.check()
+    assert (policy.ranking(4), policy.priority(2, 4)) == ([], -math.inf)
+    policy.touch(1, 4)
+    policy.check()
+    assert policy.victim([1, 2], 5) == 2
+    assert policy.victim([2, 0, 1], 5) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "request-frequency"])
+def test_the_others_take_no_notice_of_requests(name):
+    told, untold = make_policy(name, NUM_EXPERTS), make_policy(name, NUM_EXPERTS)
+    for expert, token in [(2, 0), (2, 1), (1, 2), (3, 9)]:
+        told.begin_request()
+        for policy in (told, untold):
+            policy.touch(expert, token)
+    told.begin_request()
+    told.check()
+    for expert in range(NUM_EXPERTS):
+        assert told.priority(expert, 9) == untold.priority(expert, 9)
 
 
 def test_priorities_of_lru_and_lfu():
@@ -69,27 +128,36 @@ def test_ranking_lists_touched_experts_best_first(name, ranking):
     assert policy.ranking(100) == ranking
 
 
-touches = st.lists(st.tuples(st.integers(0, NUM_EXPERTS - 1), st.integers(0, 300), st.integers(1, 40)), max_size=30)
+touches = st.lists(
+    st.tuples(st.integers(0, NUM_EXPERTS - 1), st.integers(0, 300), st.integers(1, 40), st.booleans()), max_size=30
+)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 @given(history=touches, idle=st.integers(0, 300), candidates=st.sets(st.integers(0, NUM_EXPERTS - 1), min_size=1))
 def test_against_a_slow_reference(name, history, idle, candidates):
     """The victim is a minimum, by the textbook definition, and the ranking is the order of repeated eviction."""
-    policy, count, last, now = make_policy(name, NUM_EXPERTS), defaultdict(int), {}, 0
-    for expert, gap, times in history:
+    policy, activations, now = make_policy(name, NUM_EXPERTS), defaultdict(list), 0  # expert -> [(token, times), …]
+    for expert, gap, times, new_request in history:
         now += gap
+        if new_request:
+            policy.begin_request()
+            if name == "request-frequency":
+                activations.clear()
         policy.touch(expert, now, times)
         policy.check()
-        count[expert] += times
-        last[expert] = now
+        activations[expert].append((now, times))
     now += idle
+    count = {expert: sum(times for _, times in touched) for expert, touched in activations.items()}
+    last = {expert: touched[-1][0] for expert, touched in activations.items()}
 
     def worth(expert):
         if expert not in last:
             return -1.0
+        faded = math.fsum(paper_priority(times, now - token) for token, times in activations[expert])
         return {"lcp": math.log(count[expert]) + (now - last[expert]) / LCP_OMEGA * math.log(LCP_RHO) + 1e6,
-                "lru": last[expert], "lfu": count[expert]}[name]  # fmt: skip
+                "lcp-aged": math.log(faded) + 1e6,
+                "lru": last[expert], "lfu": count[expert], "request-frequency": count[expert]}[name]  # fmt: skip
 
     victim = policy.victim(candidates, now)
     assert worth(victim) == pytest.approx(min(map(worth, candidates)), rel=1e-12)

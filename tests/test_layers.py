@@ -18,14 +18,17 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "moepic_core"
 
 LAYERS = {
-    "words": "errors units spec links events",
-    "thought": "geometry eviction predictor trace metrics telemetry planner needs verdict",
-    "bytes": "safetensors_header shards model_config checkpoint lazy_tensors finder packing expert_math",
+    "words": "errors units costs spec links events",
+    "thought": "geometry routing eviction hit_curves activation_matrices predictor trace metrics telemetry cost_fit "
+    "workload cost_model split_search allocation shares frontier planner needs simulated_link simulated_layer "
+    "simulated_engine simulator presets synthetic verdict",
+    "bytes": "folders safetensors_header shards model_config checkpoint lazy_tensors finder packing expert_math "
+    "trace_file memory",
     "places": "transfer.base transfer.clocks transfer.ledger transfer.pinning transfer.thread transfer.cuda "
     "arena host_store device_cache staging calibrate",
-    "joint": "residency hf.loading hf.model hf.text hf.experts hf.probe",
-    "whole": "engine",
-    "door": "cli __main__",
+    "joint": "residency link_probe hf.loading hf.model hf.text hf.experts hf.probe steering assembly",
+    "whole": "engine calibration",
+    "door": "cli_planning cli __main__",
 }
 ORDER = [module for row in LAYERS.values() for module in row.split()]
 PURE = [*LAYERS["words"].split(), *LAYERS["thought"].split()]
@@ -37,8 +40,8 @@ PRIVILEGES = {
     "huggingface_hub": ("finder",),
     "psutil": ("calibrate",),
     "ctypes": ("transfer.",),
-    "threading": ("transfer.", "engine", "telemetry", "finder"),  # the last three for one lock each
-    "argparse": ("cli",),
+    "threading": ("transfer.", "assembly", "engine", "telemetry", "finder"),  # the last three for one lock each
+    "argparse": ("cli", "cli_planning"),
     **dict.fromkeys(("asyncio", "concurrent", "multiprocessing", "queue", "subprocess", "socket"), ()),
     **dict.fromkeys(("app", "launch", "gradio", "plotly"), ()),
 }
@@ -104,7 +107,7 @@ def test_streams_and_prints(module: str) -> None:
         if isinstance(node, ast.Attribute) and not module.startswith("transfer."):
             stream = dotted(node.value) == "torch.cuda" and node.attr in STREAMS
             assert not stream, f"{module}:{node.lineno} names torch.cuda.{node.attr}, which is for transfer alone"
-        if isinstance(node, ast.Name | ast.Attribute) and module != "cli":
+        if isinstance(node, ast.Name | ast.Attribute) and module not in ("cli", "cli_planning"):
             assert dotted(node) not in ("print", "sys.stdout", "sys.stderr"), f"{module}:{node.lineno} prints"
 
 

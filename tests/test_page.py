@@ -42,7 +42,19 @@ def address(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "launch.py"), "--no-setup", "--port", str(port), "--link", "emulated:2GB/s"]
+    command = [
+        sys.executable,
+        str(ROOT / "launch.py"),
+        "--no-setup",
+        "--port",
+        str(port),
+        "--link",
+        "emulated:2GB/s",
+        "--checkpoint",
+        "demo-random-moe",
+        "--vram",
+        "50% of experts",
+    ]  # its answers are long
     # One thread: on few cores, OpenMP threads that wait for each other and for the browser crawl.
     places = {"MOEPIC_HOME": str(home), "HF_HOME": str(home / "hf")}
     environment = {**os.environ, **places, "OMP_NUM_THREADS": "1", "DISPLAY": ""}
@@ -269,9 +281,9 @@ def choose(page: Page, picker: str, option: str) -> None:
 
 
 def test_a_server_that_is_gone_is_noticed(page: Page) -> None:
-    page.route("**/ui/live", lambda route: route.fulfill(status=204))
+    page.route("**/ui/live*", lambda route: route.fulfill(status=204))
     expect(page.locator("[data-live=status]")).to_have_text("server not reachable")
-    page.unroute("**/ui/live")
+    page.unroute("**/ui/live*")
     expect(page.locator("[data-live=status]")).to_have_text("ready", timeout=10_000)
 
 

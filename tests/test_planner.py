@@ -83,8 +83,10 @@ def test_layers_of_different_shapes_share_round_by_round() -> None:
 @pytest.mark.parametrize(
     ("strategy", "slots", "rows", "eviction", "predictor", "depth"),
     [
-        ("moepic", (4, 4), 26, "lcp", "next-router", 2),
+        ("moepic", (4, 4), 26, "lcp-aged", "next-router", 2),
         ("mixtral-offloading", (2, 1), 64, "lru", "next-router", 2),
+        ("adapmoe", (2, 1), 64, "lru", "next-router", 2),
+        ("moe-infinity", (2, 1), 64, "request-frequency", "activation-matrices", 2),
         ("pregated", (0, 0), 0, "lru", "next-router", 2),
         ("on-demand", (0, 0), 0, "lru", "none", 0),
     ],
@@ -107,7 +109,7 @@ def test_eviction_and_prefetch_override_the_strategy() -> None:
     plan = plan_for(EVERYTHING, strategy="on-demand", eviction="lfu", prefetch="on")
     assert (plan.eviction, plan.predictor, plan.prefetch_depth) == ("lfu", "next-router", 2)
     plan = plan_for(EVERYTHING, prefetch="off")
-    assert (plan.eviction, plan.predictor, plan.prefetch_depth) == ("lcp", "none", 0)
+    assert (plan.eviction, plan.predictor, plan.prefetch_depth) == ("lcp-aged", "none", 0)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_what_holds_for_every_plan(needs: Needs, settings: dict[str, object], sh
             assert layer_plan.slots == 0 or layer_plan.top_rows > 0
         assert 2 <= plan.staging_records <= needs.staging_records
         assert 0 <= plan.prefetch_depth < plan.staging_records  # a guess never takes the last buffer
-        assert (plan.prefetch_depth > 0) == (plan.predictor == "next-router")
+        assert (plan.prefetch_depth > 0) == (plan.predictor != "none")
 
 
 @given(needs_of_models)

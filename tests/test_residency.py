@@ -4,6 +4,8 @@ behind.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -276,3 +278,25 @@ TestBooks = Books.TestCase
 TestBooks.settings = settings(
     max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_wishes_for_a_layer_end_when_it_runs(seed: int) -> None:
+    """A small cache in the first layer only: the others want no guesses, so no newer wishes replace the first's."""
+    rig = Rig(room_records=100, split=0.4)
+    rig.residency.apply(rig.plan(100, 0.4))
+    whole, plan = rig.residency.plan, rig.plan(100, 1.0)
+    assert whole is not None
+    layers = (replace(whole.layers[0], slots=3), *plan.layers[1:])
+    rig.residency.apply(replace(plan, layers=layers, staging_records=3, predictor="next-router", prefetch_depth=2))
+    for number, tokens in enumerate((5, 1, 6, 1, 1, 7, 1, 5)):
+        rig.residency.begin_pass(tokens)
+        for layer in range(NUM_LAYERS):
+            x, routes, weights = inputs(tokens, 1000 * seed + 100 * number + layer)
+            wanted = rig.residency.wants_guesses((layer + 1) % NUM_LAYERS)
+            guesses = list(range(NUM_EXPERTS)) if wanted else []
+            out = rig.run(layer, x, routes, weights, guesses)
+            torch.testing.assert_close(out, rig.reference(layer, x, routes, weights), rtol=1e-5, atol=1e-3)
+            rig.residency.check()
+            assert not any(layer == guessed for guessed, _ in rig.residency.wishes)
+        rig.residency.end_pass()

@@ -56,7 +56,10 @@ def test_what_was_not_measured_is_unknown() -> None:
         ({"strategy": "moepik"}, r"strategy 'moepik' is unknown, did you mean 'moepic'\? Allowed: moepic, mixtral-off"),
         ({"strategy": "Belady"}, "strategy 'Belady' is unknown"),
         ({"device": "cudo"}, r"device 'cudo' is unknown, did you mean 'cuda'\? Allowed: auto, cuda, cpu"),
-        ({"eviction": "lcpp"}, r"eviction 'lcpp' is unknown, did you mean 'lcp'\? Allowed: auto, lcp, lru, lfu"),
+        (
+            {"eviction": "lcpp"},
+            r"eviction 'lcpp' is unknown, did you mean 'lcp'\? Allowed: auto, lcp, lcp-aged, lru, lfu, req",
+        ),
         ({"prefetch": "onn"}, r"prefetch 'onn' is unknown, did you mean 'on'\? Allowed: auto, on, off"),
         ({"dtype": "float8"}, r"dtype 'float8' is unknown, did you mean 'float32'\? Allowed: auto, float32"),
         ({"split": 1.01}, r"split ratio 1.01 is out of range; allowed is 0 \(nothing cached\) to 1 \(whole\)"),

@@ -1,8 +1,7 @@
-"""The conversation: streaming answers with stop, retry, undo and edit. It lives in the page and ends with it.
+"""The chat: asking, streaming answers with stop, and everything that is done with messages afterwards.
 
-Gradio's own `ChatInterface` keeps the history three times and writes one copy back into the window a little later, and
-what was asked in between is lost; here the window itself is the one place. Gradio's way to cancel an event now and then
-ends in an error, so a stop is a flag that the answer looks at, and every answer ends by itself.
+`talk` does all of it; here its views become what Gradio shows, and Gradio's events become calls. Gradio's way to cancel
+an event now and then ends in an error, so a stop is a flag that the answer looks at, and every answer ends by itself.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from typing import Any
 
 import gradio as gr
 
-from moepic_core.errors import MoepicError
-
-from .. import conversation
-from ..state import State
+from .. import checkpoints
+from ..talk import Talk, View
+from . import answers as answers_panel
 from .answers import Answers
 
 PLACEHOLDER = "### Ask anything\nThe model runs on this machine. Nothing leaves it."
@@ -26,8 +24,7 @@ EXAMPLES = (
     "Write a limerick about waiting for memory.",
     "Explain caching to a ten-year-old.",
 )
-
-History = list[dict[str, Any]]
+FORMULAS = (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False))
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def build() -> Chat:
         examples=[{"text": example} for example in EXAMPLES],
         feedback_options=None,
         allow_tags=False,
-        reasoning_tags=[("<think>", "</think>")],
+        latex_delimiters=[{"left": left, "right": right, "display": display} for left, right, display in FORMULAS],
         elem_id="conversation",
     )
     message = gr.Textbox(
@@ -66,84 +63,69 @@ def build() -> Chat:
     return Chat(history, message)
 
 
-def wire(chat: Chat, answers: Answers, state: State) -> None:
+def wire(chat: Chat, open_: gr.HTML, answers: Answers, page: gr.Blocks, refresh: gr.Button, talk: Talk) -> None:
     stop = gr.State(None)  # threading.Event | None: of the answer that this tab waits for
+    window = [chat.history, open_]
+    inputs = [open_, *answers.inputs]
 
-    def answer(
-        history: History, stop: threading.Event, system: str, temperature: float, top_p: float, max_new_tokens: int
-    ) -> Iterator[History]:
-        """Answers the last message of the user. Gradio closes this when the user leaves."""
-        if not history or history[-1]["role"] != "user":
-            return
-        state.clear_notice()
-        try:
-            turns = conversation.messages(system, history)
-            for text in state.reply(turns, temperature, top_p, int(max_new_tokens), stop.is_set):
-                yield [*history, _message("assistant", text)] if text else history
-        except MoepicError as error:
-            state.tell("error", str(error))
+    def send(text: str, open_: str, *values: Any) -> tuple[Any, ...]:
+        return talk.send(text, open_, answers_panel.settings(*values))
+
+    def send_example(open_: str, event: gr.SelectData, *values: Any) -> tuple[Any, ...]:
+        return talk.send(str(event.value["text"]), open_, answers_panel.settings(*values))[1:]
+
+    def edit(open_: str, event: gr.EditData) -> View:
+        index = event.index[0] if isinstance(event.index, list | tuple) else event.index
+        return talk.edit(open_, index, str(event.value))
+
+    def answer(stop: threading.Event, open_: str, *values: Any) -> Iterator[list[Any]]:
+        for window, beside in talk.answer(open_, answers_panel.settings(*values), stop):
+            yield [window, gr.skip() if beside is None else beside]
+
+    def go_on(stop: threading.Event, open_: str, *values: Any) -> Iterator[list[Any]]:
+        for window, beside in talk.go_on(open_, answers_panel.settings(*values), stop):
+            yield [window, gr.skip() if beside is None else beside]
+
+    def choose(event: gr.EventData) -> list[Any]:
+        """The panel beside wants another conversation, branch or version, or what this one has become meanwhile."""
+        wanted = event._data if isinstance(event._data, dict) else {}
+        id = talk.choose(wanted.get("id"), wanted.get("number"), wanted.get("branch") is True)
+        question = wanted.get("question")
+        view = talk.view(id, question if isinstance(question, int) else 0)
+        found = None if wanted.get("same") is True else talk.store.get(id)
+        if found is None:  # a new chat leaves the settings as they are, and so does the one that was open before
+            return [*view, *[gr.skip()] * len(answers.outputs)]
+        return [*view, *answers_panel.shown(found.settings)]
+
+    def suggest() -> gr.Chatbot:
+        loaded = talk.state.look().loaded
+        suggested = checkpoints.suggested_prompts(loaded.spec.path) if loaded else ()
+        return gr.Chatbot(examples=[{"text": text} for text in suggested or EXAMPLES])
 
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    slow: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
     asked = [
-        chat.message.submit(send, [chat.message, chat.history], [chat.message, chat.history], **quiet),
-        chat.history.example_select(send_example, chat.history, chat.history, **quiet),
-        chat.history.retry(retry, chat.history, chat.history, **quiet),
-        chat.history.edit(edit, chat.history, chat.history, **quiet),
+        chat.message.submit(send, [chat.message, *inputs], [chat.message, *window], **quiet),
+        chat.history.example_select(send_example, inputs, window, **quiet),
+        chat.history.retry(talk.retry, open_, window, **quiet),
+        chat.history.edit(edit, open_, window, **quiet),
     ]
     running = [
-        event.then(_busy, None, [chat.message, stop], **quiet).then(
-            answer,
-            [chat.history, stop, *answers.inputs],
-            chat.history,
-            show_progress="hidden",
-            concurrency_id="engine",
-            concurrency_limit=1,
-            api_visibility="private",
-        )
-        for event in asked
-    ]
+        *(event.then(_busy, None, [chat.message, stop], **quiet).then(answer, [stop, *inputs], window, **slow)
+          for event in asked),
+        open_.submit(_busy, None, [chat.message, stop], **quiet).then(go_on, [stop, *inputs], window, **slow),
+    ]  # fmt: skip
     for event in running:
         event.then(_ready, None, chat.message, **quiet)
     chat.message.stop(threading.Event.set, stop, None, **quiet)
-    chat.history.undo(undo, chat.history, [chat.message, chat.history], **quiet)
-
-
-def send(text: str, history: History) -> tuple[str, History]:
-    return ("", [*history, _message("user", text)]) if text.strip() else (text, history)
-
-
-def send_example(history: History, event: gr.SelectData) -> History:
-    return [*history, _message("user", event.value["text"])]
-
-
-def retry(history: History) -> History:
-    """Without what came after the last message of the user."""
-    return history[: _last_question(history) + 1]
-
-
-def undo(history: History) -> tuple[str, History]:
-    """The last message of the user goes back to where it was written."""
-    last = _last_question(history)
-    return (conversation.text_of(history[last]), history[:last]) if last >= 0 else ("", history)
-
-
-def edit(history: History, event: gr.EditData) -> History:
-    index = event.index[0] if isinstance(event.index, list | tuple) else event.index
-    return [*history[:index], _message("user", event.value)]
-
-
-def _last_question(history: History) -> int:
-    """Position of the last message of the user, -1 when there is none."""
-    return max((place for place, entry in enumerate(history) if entry["role"] == "user"), default=-1)
-
-
-def _message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": text}
+    chat.history.undo(talk.undo, open_, [chat.message, *window], **quiet)
+    open_.select(choose, None, [*window, *answers.outputs], **quiet)
+    gr.on([page.load, refresh.click], suggest, None, chat.history, **quiet)
 
 
 def _busy() -> tuple[gr.Textbox, threading.Event]:
-    return gr.Textbox(submit_btn=False, stop_btn=True, interactive=False), threading.Event()
+    return gr.Textbox(submit_btn=False, stop_btn=True), threading.Event()
 
 
 def _ready() -> gr.Textbox:
-    return gr.Textbox(submit_btn=True, stop_btn=False, interactive=True)
+    return gr.Textbox(submit_btn=True, stop_btn=False)

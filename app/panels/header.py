@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from html import escape
-
 import gradio as gr
 
 from .. import views
+from ..terms import term
 
 
 def build() -> None:
     figures = "".join(
-        f'<div title="{escape(figure.definition)}"><dt>{figure.label}</dt>'
-        f'<dd data-figure="{figure.key}">{views.UNKNOWN}</dd></div>'
+        f'<div><dt>{term(figure.label, figure.metric)}</dt><dd data-figure="{figure.key}">{views.UNKNOWN}</dd></div>'
         for figure in views.FIGURES
     )
     gr.HTML(

@@ -47,11 +47,12 @@ class ExpertLayer:
         with residency.step(self.position, counts) as step:
             self._prefetch_next(residency, hidden_states)
             inputs: dict[int, Tensor] = {}
+            only = self.math.prepare(hidden_states) if residency.decode else hidden_states
             for piece in step:
                 expert = piece.expert
                 pair = pairs[expert]
                 if isinstance(pair, int):
-                    x = hidden_states
+                    x = only
                 elif expert in inputs:
                     x = inputs.pop(expert)
                 else:
@@ -79,7 +80,12 @@ class ExpertLayer:
         return pairs, {expert: sizes[expert] for expert in sorted(pairs, key=lambda expert: -sizes[expert])}
 
     def _prefetch_next(self, residency: Residency, hidden_states: Tensor) -> None:
-        if self.next is None or self.next.router is None or not residency.wants_guesses(self.next.position):
+        if self.next is None or not residency.wants_guesses(self.next.position):
+            return
+        if residency.matrices is not None:
+            residency.prefetch(self.next.position, residency.matrices.rank(self.next.position))
+            return
+        if self.next.router is None:
             return
         ranked = self.next.router(hidden_states)  # [tokens, k]
         if residency.decode:

@@ -57,6 +57,11 @@ class Fence:
 
     event: torch.cuda.Event | None = None
 
+    def wait(self) -> None:
+        """Block until the device has passed this point. For measuring; serving never waits like this."""
+        if self.event is not None:
+            self.event.synchronize()
+
 
 @dataclass(frozen=True)
 class TransferEvent:
@@ -125,6 +130,10 @@ class Ticket(Protocol):
 
 class Transfer(Protocol):
     """Moves bytes toward the device. All methods but `close` may be called from any thread and return at once."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The most bytes that a demand may have to wait for."""
 
     def submit(
         self,

@@ -103,6 +103,10 @@ class CudaTransfer:
         self._feeder = threading.Thread(target=self._run, name="moepic-transfer-feeder", daemon=True)
         self._feeder.start()
 
+    @property
+    def chunk_bytes(self) -> int:
+        return self._ledger.chunk_bytes
+
     def submit(
         self,
         source: Source,

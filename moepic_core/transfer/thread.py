@@ -76,6 +76,10 @@ class ThreadTransfer:
         for worker in self._workers:
             worker.start()
 
+    @property
+    def chunk_bytes(self) -> int:
+        return self._ledger.chunk_bytes
+
     def submit(
         self,
         source: Source,

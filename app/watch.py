@@ -1,0 +1,157 @@
+"""Watches the engine for the page: keeps what its events said lately, the newest sensor readings and the ceiling.
+
+The server makes one and starts it; every request of any tab is answered by `live`. What takes long is done elsewhere:
+sensors are read and the ceiling is computed by a thread each, and both end with the server. Reads telemetry only and
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepic_core.hit_curves import belady_hits
+from moepic_core.routing import RoutingTrace
+from moepic_core.spec import LayerPlan
+from moepic_core.telemetry import Telemetry
+from moepic_core.trace import EVENT, EventKind, TracePhase, decoded
+
+from . import gauges, views
+from .live import LINK, SHOWN, Ceiling, Heard, see
+from .sensors import MachineSource, Repeater, Sampler, Source
+from .state import State
+from .terms import CEILING_TOKENS, HISTORY_TOKENS, TRAFFIC_WINDOW_S
+
+CEILING_PERIOD_S = 4.0
+CALM = 50  # while the model answers, the ceiling takes one part in so many of the time
+
+
+class Watch:
+    """See the module. Between `start` and `close` it has two threads; without them it knows only the engine."""
+
+    def __init__(self, state: State, source: Callable[[], Source] = MachineSource) -> None:
+        self._state = state
+        self._make_source = source
+        self._listener = Listener()
+        self._lock = threading.Lock()  # around the listener: tabs ask at the same time
+        self._ceiling: Ceiling | None = None
+        self._ceiling_of = (0, 0)  # loads and version of the snapshot that it is of
+        self._sampler: Sampler | None = None
+        self._repeater: Repeater | None = None
+
+    def start(self) -> None:
+        self._sampler = Sampler(self._make_source)
+        self._repeater = Repeater("moepic-ceiling", CEILING_PERIOD_S, self._find_ceiling)
+
+    def close(self) -> None:
+        for thread in (self._sampler, self._repeater):
+            if thread is not None:
+                thread.close()
+
+    def live(self, seen: str = "") -> dict[str, Any]:
+        """All that moves on the page. A page that has `seen` the present version gets the hardware alone anew."""
+        look, ceiling = self._state.look(), self._ceiling
+        if ceiling is not None and ceiling.loads != look.loads:
+            ceiling = None
+        with self._lock:
+            heard = self._listener.hear(self._state.telemetry, time.perf_counter())
+        sample = self._sampler.last if self._sampler is not None else None
+        answer = {
+            **views.live(look),
+            "version": f"{look.loads}-{look.snapshot.version if look.snapshot else 0}-{hash(ceiling)}",
+            "hardware": gauges.hardware(sample, look, heard.link_bytes_per_s),
+        }
+        return answer if answer["version"] == seen else {**answer, "see": see(look, heard, ceiling)}
+
+    def _find_ceiling(self, closed: threading.Event) -> None:
+        look, telemetry = self._state.look(), self._state.telemetry
+        loaded, snapshot = look.loaded, look.snapshot
+        if loaded is None or snapshot is None or snapshot.plan is None or telemetry is None:
+            return
+        if self._state.look().loads != look.loads or self._ceiling_of == (look.loads, snapshot.version):
+            return
+        counts = [layer.num_experts for layer in loaded.spec.moe_layers]
+        trace = decoded(telemetry.trace(), counts, "recorded", {}).last(CEILING_TOKENS)
+
+        def rest(seconds: float) -> None:
+            now = self._state.look().snapshot
+            if now is not None and now.phase != "idle":
+                closed.wait(seconds)
+
+        number = snapshot.reply.number if snapshot.reply else 0
+        self._ceiling = find_ceiling(trace, snapshot.plan.layers, look.loads, number, rest)
+        self._ceiling_of = (look.loads, snapshot.version)
+
+
+def find_ceiling(
+    trace: RoutingTrace, layers: Sequence[LayerPlan], loads: int, reply: int, rest: Callable[[float], None]
+) -> Ceiling:
+    """What the best cache with the slots of `layers` would have hit on `trace`; rests after each layer."""
+    last, session = [], []
+    in_reply = trace.replies == reply  # [tokens]
+    for layer, share in enumerate(layers):
+        start_s = time.perf_counter()
+        experts = np.ascontiguousarray(trace.experts[:, layer])  # [tokens, k]
+        hits = belady_hits(experts, share.slots, trace.num_experts[layer])  # [tokens, k]
+        last.append(_share(hits[in_reply], experts[in_reply]))
+        session.append(_share(hits, experts))
+        rest(CALM * (time.perf_counter() - start_s))
+    return Ceiling(loads, reply, trace.num_tokens, tuple(last), tuple(session))
+
+
+def _share(hits: NDArray[np.bool_], experts: NDArray[np.int16]) -> float | None:
+    uses = int((experts >= 0).sum())
+    return int(hits.sum()) / uses if uses else None
+
+
+class Listener:
+    """Follows the events of whatever model is loaded. Not locked: its owner does that."""
+
+    def __init__(self) -> None:
+        self._moved = np.empty(0, EVENT)  # transfers within the window of the traffic
+        self._listen_to(None)
+
+    def hear(self, telemetry: Telemetry | None, now_s: float) -> Heard:
+        """What is known now; `now_s` is of the clock of telemetry's events."""
+        if telemetry is not self._telemetry:
+            self._listen_to(telemetry)
+        if telemetry is not None:
+            rows, lost = telemetry.events(self._next)
+            self._next += lost + len(rows)
+            self._take(rows, lost)
+        moved = self._moved[self._moved["end_s"] > now_s - TRAFFIC_WINDOW_S]
+        self._moved = moved
+        return Heard(tuple(self._speeds), self._token, self._events, int(moved["nbytes"].sum()) / TRAFFIC_WINDOW_S)
+
+    def _listen_to(self, telemetry: Telemetry | None) -> None:
+        self._telemetry = telemetry
+        self._next = 0  # number of the first event not heard yet
+        self._speeds: deque[tuple[int, float]] = deque(maxlen=HISTORY_TOKENS)
+        self._open = np.empty(0, EVENT)  # events since the last token
+        self._is_whole = True  # no event since then is lost
+        self._token: np.void | None = None
+        self._events: NDArray[np.void] | None = None
+        self._moved = self._moved[:0]
+
+    def _take(self, rows: NDArray[np.void], lost: int) -> None:
+        self._moved = np.concatenate((self._moved, rows[np.isin(rows["kind"], LINK)]))
+        self._open = rows if lost else np.concatenate((self._open, rows))
+        self._is_whole = self._is_whole and not lost
+        ends = np.flatnonzero(self._open["kind"] == EventKind.TOKEN)
+        for row in self._open[ends]:
+            if row["phase"] == TracePhase.DECODE and row["end_s"] > row["start_s"]:
+                self._speeds.append((int(row["reply"]), float(row["end_s"] - row["start_s"])))
+        if not len(ends):
+            return
+        first, last = (ends[-2] + 1 if len(ends) > 1 else 0), ends[-1]
+        # Of a pass whose first events are lost, or that read a prompt, there is no timeline.
+        if self._open[last]["phase"] == TracePhase.DECODE and (self._is_whole or len(ends) > 1):
+            made = self._open[first:last]
+            self._token, self._events = self._open[last].copy(), made[np.isin(made["kind"], SHOWN)]
+        self._open, self._is_whole = self._open[last + 1 :].copy(), True

@@ -1,0 +1,310 @@
+"""What the live panels cost, in the browser and on the server, at 64 layers x 256 experts and on a real model.
+
+`python -m benchmarks.page [--seconds 8] [--rounds 3] [--tokens 64] [--checkpoint NAME]`. Needs requirements-test.txt
+and a Chromium. The first part serves the real page over a made-up session: 10 tokens/s of 64 x 256 with every event
+that an engine would tell, and a chat that streams 22 times a second beside it. The second part lets a real engine
+decode with the page open and closed in turn. The last line is one JSON object; docs/LOG.md sets it beside the
+prototype's figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import statistics
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import psutil
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from app import checkpoints
+from app.main import Server, build_app
+from app.nouns import Answer, Loaded, Look, Preview
+from app.state import State
+from benchmarks.common import interleave, report
+from moepic_core.links import parse_link
+from moepic_core.planner import Needs, uniform_plan
+from moepic_core.spec import MachineProfile, ModelSpec, MoeLayer, Plan, Settings
+from moepic_core.telemetry import EventKind, Outcome, Part, Telemetry
+from moepic_core.verdict import judge
+
+NUM_LAYERS, NUM_EXPERTS, TOP_K = 64, 256, 8
+TOKENS_PER_S, UPDATES_PER_S, NUM_REQUESTS = 10, 22, 100
+GB = 10**9
+LAYERS = tuple(MoeLayer(number, NUM_EXPERTS, 768, 2048, 3, 1) for number in range(NUM_LAYERS))
+SPEC = ModelSpec(
+    path="/made-up", name="made up, 64 x 256", model_type="made_up", architecture="MadeUp", dtype="bfloat16",
+    num_layers=NUM_LAYERS, moe_layers=LAYERS, top_k=TOP_K, hidden=2048, vocab_size=32000, context_length=32768,
+    resident_bytes=2 * GB, kv_bytes_per_token=100_000, num_parameters=77 * GB, active_parameters=3 * GB,
+    file_bytes=79 * GB, shards=(), fingerprint="0",
+)  # fmt: skip
+MACHINE = MachineProfile("cpu", "CPU", 64 * GB, 48 * GB, 256 * GB, 200 * GB, 8)
+NEEDS = Needs(LAYERS, TOP_K, 2 * GB, GB, GB)
+# Long tasks and frames in the browser, and when the answer's text changed.
+PROBE = """
+  window.probe = { frames: 0, changes: [], stalls: 0 };
+  const frame = () => { probe.frames++; requestAnimationFrame(frame); };
+  requestAnimationFrame(frame);
+  new PerformanceObserver((list) => { probe.stalls += list.getEntries().length; }).observe({ type: "longtask" });
+  new MutationObserver(() => probe.changes.push(performance.now()))
+    .observe(document.querySelector("#conversation"), { subtree: true, childList: true, characterData: true });
+"""
+# From now on the page asks for nothing any more.
+SILENCE = (
+    "window.fetch = (real => (url, ...rest) => /ui.live/.test(url) ? new Promise(() => {}) : real(url, ...rest))(fetch)"
+)
+
+
+class MadeUp(State):
+    """Serves a model that does not exist, with telemetry as an engine would write it."""
+
+    def __init__(self) -> None:
+        super().__init__(Settings.create(checkpoint="made-up", device="cpu", link="emulated:16GB/s", vram=20 * GB))
+        self._link = parse_link(self.settings.link, "cpu")
+        self._dice = np.random.default_rng(0)
+        self._likely = 1 / np.arange(1, NUM_EXPERTS + 1) ** 0.8
+        self._likely /= self._likely.sum()
+        self._book = Telemetry(NUM_LAYERS, NUM_EXPERTS, TOP_K)
+        self._now, self._token = 0.0, 0
+        plan = self.plan()
+        self._book.set_plan(plan, {kind: getattr(plan.memory, kind) for kind in ("resident", "kv", "staging", "cache")})
+        self._book.set_phase("idle")
+        self.serve(40)
+
+    def plan(self) -> Plan:
+        return uniform_plan(self.settings, NEEDS, 20 * GB)
+
+    @property
+    def telemetry(self) -> Telemetry:
+        return self._book
+
+    def look(self) -> Look:
+        slots = self.plan().layers[0].slots
+        residency = np.arange(NUM_EXPERTS) < np.full((NUM_LAYERS, 1), slots)
+        loaded = Loaded(self.settings, SPEC, MACHINE, self._link, NEEDS, True, ())
+        return Look(1, None, None, loaded, self._book.snapshot(residency))
+
+    def preview(self, settings: Settings) -> Preview:
+        verdict = judge(SPEC, NEEDS, MACHINE, settings.link)
+        return Preview(self.settings, MACHINE, self._link, SPEC, NEEDS, verdict, 20 * GB, True)
+
+    def load(self, settings: Settings) -> None:
+        """It is loaded already."""
+
+    def reply(self, *_: Any, **__: Any) -> Iterator[Answer]:
+        """Streams for as long as somebody listens."""
+        text, next_token_s = "", time.monotonic()
+        for update in range(100_000):
+            text += f"word {update} "
+            yield Answer(text=text)
+            if time.monotonic() >= next_token_s:
+                next_token_s += 1 / TOKENS_PER_S
+                self.serve(1)
+            time.sleep(1 / UPDATES_PER_S)
+
+    def serve(self, num_tokens: int) -> None:
+        book = self._book
+        if self._token == 0:
+            book.begin_reply(0.0, 1, 0)
+        for _ in range(num_tokens):
+            for layer in range(NUM_LAYERS):
+                experts = self._dice.choice(NUM_EXPERTS, TOP_K, False, self._likely).tolist()
+                outcomes = [Outcome.HIT if expert < 40 else Outcome.PARTIAL for expert in experts]
+                book.layer_step(layer, self._token, experts, outcomes, [1] * TOP_K)
+                for expert in experts:
+                    at = self._now + self._dice.random() * 1e-3
+                    book.event(EventKind.COMPUTE, layer, expert, Part.TOP, at, at + 5e-5, 0, self._token)
+                    if expert >= 40:
+                        book.event(EventKind.PREFETCH, layer, expert, Part.BOTTOM, at, at + 3e-4, 3 << 20, self._token)
+                        book.event(EventKind.COMPUTE, layer, expert, Part.BOTTOM, at, at + 8e-5, 0, self._token)
+                self._now += 1.5e-3
+            book.event(EventKind.STALL, 0, -1, Part.WHOLE, self._now - 3e-3, self._now, 0, self._token)
+            book.new_token(self._token, self._now)
+            self._token += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of each look at the browser")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64, help="of each decode of the second part; 0 leaves it out")
+    parser.add_argument("--checkpoint", default=checkpoints.default_name())
+    options = parser.parse_args()
+    results: dict[str, Any] = {}
+    with sync_playwright() as playwright:
+        chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        assert chromium is not None, "no Chromium"
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        with child() as (address, process):
+            results |= server_cost(address, process)
+            results |= browser_cost(browser, address, options.seconds)
+        if options.tokens:
+            results |= decode_cost(browser, options.checkpoint, options.tokens, options.rounds)
+        browser.close()
+    for name, value in results.items():
+        print(f"{name:28} {value}")
+    report("page", {"shape": [NUM_LAYERS, NUM_EXPERTS], "seconds": options.seconds, **results})
+
+
+# ---- the made-up session, in a process of its own ----
+
+
+@contextmanager
+def child() -> Iterator[tuple[str, psutil.Process]]:
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there,))
+    process.start()
+    assert process.pid is not None
+    yield here.recv(), psutil.Process(process.pid)
+    process.terminate()
+    process.join()
+
+
+def _serve(pipe: Any) -> None:
+    serve(MadeUp(), pipe.send).run()
+
+
+def serve(state: State, ready: Any) -> Server:
+    with psutil_free_port() as port:
+        return Server(build_app(state), state, "127.0.0.1", port, ready)
+
+
+@contextmanager
+def psutil_free_port() -> Iterator[int]:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        yield free.getsockname()[1]
+
+
+def server_cost(address: str, process: psutil.Process) -> dict[str, float]:
+    """CPU of the server per full refresh, and the size of one."""
+
+    def ask(query: str = "") -> int:
+        with urllib.request.urlopen(f"{address}/ui/live{query}") as answer:
+            return len(answer.read())
+
+    def cpu_s() -> float:
+        times = process.cpu_times()
+        return float(times.user + times.system)
+
+    body = json.loads(urllib.request.urlopen(f"{address}/ui/live").read())
+    time.sleep(3)  # the ceiling is found
+    costs = {}
+    for name, query in (("server_ms", ""), ("server_unchanged_ms", f"?seen={body['version']}")):
+        idle_from, start = cpu_s(), time.monotonic()
+        time.sleep(2)
+        idle = (cpu_s() - idle_from) / (time.monotonic() - start)
+        before, start = cpu_s(), time.monotonic()
+        for _ in range(NUM_REQUESTS):
+            ask(query)
+        costs[name] = round(1000 * (cpu_s() - before - idle * (time.monotonic() - start)) / NUM_REQUESTS, 2)
+    return {**costs, "payload_bytes": ask(), "payload_unchanged_bytes": ask(f"?seen={body['version']}")}
+
+
+# ---- the browser ----
+
+
+def open_page(browser: Browser, address: str) -> Page:
+    page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
+    page.goto(address)
+    expect(page.locator("[data-live=status]")).to_have_text("ready", timeout=120_000)
+    return page
+
+
+def browser_cost(browser: Browser, address: str, seconds: float) -> dict[str, float]:
+    """The page's main thread, frames and gaps in the chat, with the panels live and with nobody asking."""
+    start = time.monotonic()
+    page = open_page(browser, address)
+    results: dict[str, float] = {"page_ready_s": round(time.monotonic() - start, 2)}
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Performance.enable")
+    asked = []
+    page.on("response", lambda answer: asked.append(answer.url) if "/ui/live" in answer.url else None)
+    page.get_by_label("Message", exact=True).fill("Why?")
+    page.keyboard.press("Enter")
+    expect(page.locator("#conversation")).to_contain_text("word 20", timeout=60_000)
+    page.evaluate(PROBE)
+
+    def busy_s() -> float:
+        metrics = {entry["name"]: entry["value"] for entry in devtools.send("Performance.getMetrics")["metrics"]}
+        return float(metrics["TaskDuration"])
+
+    busy = {}
+    for name in ("panels", "baseline"):
+        if name == "baseline":
+            page.evaluate(SILENCE)
+            page.wait_for_timeout(1000)
+        page.evaluate("Object.assign(probe, { frames: 0, changes: [], stalls: 0 })")
+        before, num_asked, start = busy_s(), len(asked), time.monotonic()
+        page.wait_for_timeout(1000 * seconds)
+        passed_s, busy[name] = time.monotonic() - start, busy_s() - before
+        probe = page.evaluate("probe")
+        gaps = np.diff(probe["changes"])
+        gaps = gaps[gaps > 4]  # changes within one update
+        results |= {
+            f"{name}_fps": round(probe["frames"] / passed_s, 1),
+            f"{name}_long_tasks": probe["stalls"],
+            f"{name}_chat_gap_p95_ms": round(float(np.percentile(gaps, 95)), 1) if len(gaps) else -1.0,
+            f"{name}_chat_gap_max_ms": round(float(gaps.max()), 1) if len(gaps) else -1.0,
+        }
+        if name == "panels":
+            results["refreshes_per_s"] = round((len(asked) - num_asked) / passed_s, 2)
+            num_refreshes = len(asked) - num_asked
+    results["main_thread_ms"] = round(1000 * (busy["panels"] - busy["baseline"]) / max(1, num_refreshes), 1)
+    page.context.close()
+    return results
+
+
+# ---- a real engine ----
+
+
+def decode_cost(browser: Browser, checkpoint: str, num_tokens: int, num_rounds: int) -> dict[str, Any]:
+    """Decode speed with the page open, as a share of the speed with it closed."""
+    state = State(Settings.create(checkpoint=checkpoint, device="cpu", link="emulated:pcie3x16", vram="50%"))
+    addresses: list[str] = []
+    ready = threading.Event()
+    server = serve(state, lambda address: (addresses.append(address), ready.set()))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    ready.wait()
+    state.load(state.settings)
+    state.wait()
+    page = open_page(browser, addresses[0])
+
+    def speed(is_open: bool) -> float:
+        page.goto(addresses[0] if is_open else "about:blank")
+        if is_open:
+            expect(page.locator("[data-live=status]")).to_have_text("ready", timeout=120_000)
+        time.sleep(2)
+        for _ in state.reply([{"role": "user", "content": "why?"}], 0.0, 1.0, num_tokens, lambda: False):
+            pass
+        snapshot = state.look().snapshot
+        assert snapshot is not None
+        assert snapshot.reply is not None
+        return snapshot.reply.tokens_per_s or 0.0
+
+    rounds = interleave({"open": lambda: speed(True), "closed": lambda: speed(False)}, num_rounds)
+    page.context.close()
+    server.should_exit = True
+    thread.join()
+    state.close()
+    return {
+        "decode_open_ratio": round(rounds.ratio("open", "closed"), 3),
+        "decode_open_tokens_per_s": round(statistics.median(rounds.values["open"]), 2),
+        "decode_closed_tokens_per_s": round(statistics.median(rounds.values["closed"]), 2),
+        "num_disturbed_rounds": rounds.num_disturbed,
+    }
+
+
+if __name__ == "__main__":
+    main()

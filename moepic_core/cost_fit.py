@@ -1,0 +1,151 @@
+"""From recorded events to `Costs`: what a decode step cost on this machine, fitted to tokens that were really made.
+
+`calibration` makes tokens under a few settings and hands their events over; nothing is measured by a stand-in, so
+times hold under the contention that serving has. Medians, because machines are shared. All formulas are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .costs import Costs, LayerCosts, LinkSpeed
+from .trace import Coverage, EventKind, Part, TracePhase
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Decoded tokens under one setting."""
+
+    events: NDArray[np.void]  # rows of EVENT
+    top_rows: tuple[int, ...]  # per layer
+    guessing: bool  # the next layer's router was asked ahead of time
+
+
+def fit_costs(
+    runs: Sequence[Run],
+    neurons: Sequence[int],
+    chunk_bytes: int,
+    link_alone: LinkSpeed,
+) -> Costs:
+    """`neurons` per layer. The link's rate is what it reached in the runs, or alone when nothing travelled in them.
+
+    A step's time is stall + step_s + (guess_s) + Σ over segments of (segment_s + row_s · rows). What segments take is
+    fitted to the compute events of all layers of one size, what the step takes beside to the remainders of its time.
+    """
+    found = [_Steps(run, neurons) for run in runs]
+    shared = {size: _shared(found, neurons, size, link_alone.copy_s_per_byte) for size in set(neurons)}
+    layers = [
+        replace(shared[size], before_s=_median([steps.before(layer) for steps in found]))
+        for layer, size in enumerate(neurons)
+    ]
+    after_s = _median([steps.after() for steps in found])
+    rate = max((_link_rate(run.events) for run in runs), default=0.0) or link_alone.bytes_per_s
+    return Costs(tuple(layers), after_s, rate, link_alone.latency_s, chunk_bytes, "measured")
+
+
+def _shared(found: Sequence[_Steps], neurons: Sequence[int], size: int, admit_s: float) -> LayerCosts:
+    """What all layers of `size` neurons have in common; `before_s` is left at 0."""
+    layers = [layer for layer, own in enumerate(neurons) if own == size]
+    parts = np.concatenate([steps.segments(layer) for steps in found for layer in layers])
+    base_s, row_s = _fit(parts[:, :1], parts[:, 1])
+    beside = np.concatenate([steps.beside(layer) for steps in found for layer in layers])
+    step_s, guess_s, per_segment_s = _fit(beside[:, :2], beside[:, 2])
+    return LayerCosts(0.0, step_s, guess_s, base_s + per_segment_s, row_s, admit_s)
+
+
+class _Steps:
+    """The steps of one run, by token and layer."""
+
+    def __init__(self, run: Run, neurons: Sequence[int]) -> None:
+        events = run.events[run.events["phase"] == TracePhase.DECODE]
+        self.guessing = run.guessing
+        self.neurons, self.top_rows = neurons, run.top_rows
+        self.num_layers = len(neurons)
+        self.steps = events[events["kind"] == EventKind.STEP]
+        self.ends = np.sort(events["end_s"][events["kind"] == EventKind.TOKEN])
+        self.compute = events[events["kind"] == EventKind.COMPUTE]
+        self.stalls = events[events["kind"] == EventKind.STALL]
+
+    def segments(self, layer: int) -> NDArray[np.float64]:
+        """`[segments, 2]`: rows and seconds of each that `layer` computed."""
+        work = self.compute[self.compute["layer"] == layer]
+        rows = np.zeros(len(Part))
+        rows[[Part.WHOLE, Part.TOP, Part.BOTTOM]] = self.neurons[layer], self.top_rows[layer], self.neurons[layer]
+        rows[Part.BOTTOM] -= self.top_rows[layer]
+        return np.column_stack((rows[work["part"]], work["end_s"] - work["start_s"]))
+
+    def beside(self, layer: int) -> NDArray[np.float64]:
+        """`[steps, 3]`: whether it guessed, how many segments it computed, seconds without computing and stalling."""
+        steps = self.steps[self.steps["layer"] == layer]
+        work = self.compute[self.compute["layer"] == layer]
+        stalls = self.stalls[self.stalls["layer"] == layer]
+        rows = []
+        for step in steps:
+            mine, waits = work[work["token"] == step["token"]], stalls[stalls["token"] == step["token"]]
+            rows.append((self.guessing, len(mine), step["end_s"] - step["start_s"] - _length(mine) - _length(waits)))
+        return np.array(rows, np.float64).reshape(-1, 3)
+
+    def before(self, layer: int) -> NDArray[np.float64]:
+        """Per step of `layer`: seconds since the layer before it ended, or since the last token was out."""
+        steps = self.steps[self.steps["layer"] == layer]
+        if layer:
+            earlier = self.steps[self.steps["layer"] == layer - 1]
+            _, mine, theirs = np.intersect1d(steps["token"], earlier["token"], return_indices=True)
+            return np.asarray(steps["start_s"][mine] - earlier["end_s"][theirs], np.float64)
+        places = np.searchsorted(self.ends, steps["start_s"], side="right") - 1
+        return np.asarray((steps["start_s"] - self.ends[places])[places >= 0], np.float64)
+
+    def after(self) -> NDArray[np.float64]:
+        """Per token: seconds from its last layer's end until it was out."""
+        last = self.steps[self.steps["layer"] == self.num_layers - 1]
+        places = np.searchsorted(self.ends, last["end_s"], side="left")
+        known = places < len(self.ends)
+        return np.asarray(self.ends[places[known]] - last["end_s"][known], np.float64)
+
+
+def _fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[float]:
+    """y ≈ a + x·b, none below zero: least squares over the median of y at each distinct x, so outliers weigh little.
+
+    Columns of x that do not vary explain nothing and get 0, but for the last: without any a, all is put on it.
+    """
+    if not len(y):
+        return [0.0] * (x.shape[1] + 1)
+    points, places, counts = np.unique(x, axis=0, return_inverse=True, return_counts=True)
+    medians = np.array([np.median(y[places.ravel() == place]) for place in range(len(points))])
+    if len(points) == 1:
+        last = points[0, -1]
+        return [0.0] * x.shape[1] + [float(medians[0] / last) if last else 0.0]
+    columns = [None, *np.flatnonzero(np.ptp(points, axis=0))]
+    while True:
+        design = np.column_stack([np.ones(len(points)) if c is None else points[:, c] for c in columns])
+        weights = np.sqrt(counts)
+        values = np.linalg.lstsq(design * weights[:, None], medians * weights, rcond=None)[0]
+        if (values >= 0).all() or len(columns) == 1:
+            break
+        del columns[int(np.argmin(values))]
+    answer = [0.0] * (x.shape[1] + 1)
+    for column, value in zip(columns, values, strict=True):
+        answer[0 if column is None else int(column) + 1] = max(0.0, float(value))
+    return answer
+
+
+def _link_rate(events: NDArray[np.void]) -> float:
+    """Bytes per second while the link was busy; 0 when nothing travelled."""
+    covered, busy_s = Coverage(), 0.0
+    moved = events[np.isin(events["kind"], (EventKind.DEMAND, EventKind.PREFETCH))]
+    for event in moved:
+        busy_s += covered.add(float(event["start_s"]), float(event["end_s"]))
+    return float(moved["nbytes"].sum()) / busy_s if busy_s else 0.0
+
+
+def _median(values: Sequence[NDArray[np.float64]]) -> float:
+    together = np.concatenate(values)
+    return float(np.median(together)) if len(together) else 0.0
+
+
+def _length(events: NDArray[np.void]) -> float:
+    return float((events["end_s"] - events["start_s"]).sum())

@@ -1,0 +1,84 @@
+"""What planning knows and when it plans: measured costs, and the routing of this and earlier sessions.
+
+The engine asks it for every plan. Statistics come from the telemetry's recorded rows, so nothing is counted twice.
+Plans are made outside the engine's turn, since planning a large model takes part of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .costs import Breakdown, Costs
+from .memory import Memory
+from .planner import Needs, make_plan, what_if
+from .routing import RoutingTrace, joined
+from .spec import MachineProfile, ModelSpec, Plan, Settings
+from .telemetry import Telemetry
+from .trace import decoded
+
+WINDOW = 5000  # tokens that statistics cover, and after which a new plan is due (arXiv 2509.08342)
+_ENOUGH = 32  # tokens below which statistics say too little to plan from
+
+
+def costs_key(spec: ModelSpec, machine: MachineProfile, link_label: str) -> list[object]:
+    """All that measured costs depend on."""
+    return [spec.fingerprint, spec.dtype, link_label, machine.device_name, machine.cpu_cores]
+
+
+class Steering:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        machine: MachineProfile,
+        link_label: str,
+        needs: Needs,
+        telemetry: Telemetry,
+        memory: Memory,
+    ) -> None:
+        self.spec = spec
+        self.needs = needs
+        self.telemetry = telemetry
+        self.memory = memory
+        self._key = costs_key(spec, machine, link_label)
+        self.costs = memory.costs(self._key)
+        self.earlier = memory.trace(spec.fingerprint)
+        self._new_tokens = 0  # made since the last plan
+
+    def learn(self, costs: Costs) -> None:
+        """From now on plans stand on `costs`."""
+        self.costs = costs
+        self.memory.keep_costs(self._key, costs)
+
+    def trace(self) -> RoutingTrace | None:
+        """The last WINDOW tokens, of earlier sessions too; None while they are too few."""
+        known = self._session()
+        if self.earlier is not None:
+            known = joined(self.earlier, known)
+        return known.last(WINDOW) if known.num_tokens >= _ENOUGH else None
+
+    def plan(self, settings: Settings, budget: int) -> Plan:
+        """The plan of `settings` under `budget` bytes, by all that is known now."""
+        self._new_tokens = 0
+        return make_plan(settings, self.needs, budget, self.costs, self.trace())
+
+    def forecast(self, settings: Settings, budgets: Sequence[int]) -> list[tuple[int, Breakdown]]:
+        """What `settings` would cost under each of `budgets`; empty while nothing is measured."""
+        return [] if self.costs is None else what_if(settings, self.needs, self.costs, self.trace(), budgets)
+
+    def count_token(self) -> None:
+        self._new_tokens += 1
+
+    @property
+    def due(self) -> bool:
+        """Whether enough was learned since the last plan to make another."""
+        return self._new_tokens >= WINDOW
+
+    def keep(self) -> None:
+        """Saves the routing for the next start."""
+        trace = self.trace()
+        if trace is not None:
+            self.memory.keep_trace(self.spec.fingerprint, trace)
+
+    def _session(self) -> RoutingTrace:
+        num_experts = [layer.num_experts for layer in self.spec.moe_layers]
+        return decoded(self.telemetry.trace(), num_experts, f"recorded from {self.spec.name}", {})

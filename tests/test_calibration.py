@@ -1,0 +1,92 @@
+"""Calibration on a real tiny checkpoint: what it finds is plausible, is kept, and leaves no trace in the session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from moepic_core.calibration import calibrate
+from moepic_core.engine import Engine
+from moepic_core.errors import Cancelled
+from moepic_core.events import Done
+from moepic_core.hf.text import Sampling
+from moepic_core.memory import Memory
+from moepic_core.spec import Settings
+
+PROMPT = [3 + (31 * place) % 300 for place in range(24)]
+
+
+@pytest.fixture
+def engine(checkpoints: Callable[..., Path], tmp_path: Path) -> Iterator[Engine]:
+    settings = Settings.create(
+        checkpoint=str(checkpoints("qwen3_moe")),
+        device="cpu",
+        link="emulated:50MB/s",
+        vram="60%",
+        context_length=96,
+        prefill_chunk=8,
+    )
+    with Engine.load(settings, memory=tmp_path) as engine:
+        yield engine
+
+
+def greedy(engine: Engine) -> tuple[int, ...]:
+    *_, done = engine.generate(PROMPT, Sampling(max_new_tokens=12, ignore_eos=True))
+    assert isinstance(done, Done)
+    return done.token_ids
+
+
+def test_calibration_measures_and_leaves_no_trace(engine: Engine, tmp_path: Path) -> None:
+    before = greedy(engine)
+    snapshot = engine.snapshot()
+    shares: list[float] = []
+    costs = calibrate(engine, shares.append)
+    assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares)
+    assert len(costs.layers) == len(engine.spec.moe_layers)
+    assert all(layer.before_s > 0 and layer.row_s >= 0 and layer.segment_s >= 0 for layer in costs.layers)
+    assert costs.after_s > 0 and costs.source == "measured"
+    assert 0 < costs.link_bytes_per_s < 60e6  # never more than the emulated link has; less when the machine is busy
+    after = engine.snapshot()
+    assert after.session.decode.total == snapshot.session.decode.total
+    assert after.reply == snapshot.reply
+    engine.check()
+    assert greedy(engine) == before
+    engine.check()
+    assert engine.steering.costs == costs
+
+
+def test_what_was_measured_is_known_at_the_next_start(engine: Engine, tmp_path: Path) -> None:
+    costs = calibrate(engine)
+    greedy(engine)
+    greedy(engine)
+    greedy(engine)
+    settings = engine.settings
+    engine.close()
+    with Engine.load(settings, memory=tmp_path) as again:
+        assert again.steering.costs == costs
+        assert again.steering.earlier is not None and again.steering.earlier.num_tokens >= 32
+        assert sum(map(sum, again.residency.where())) > 0  # the cache is warm before the first token
+        again.check()
+
+
+def test_a_stop_ends_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine._stop, "clear", lambda: None)
+    engine.request_stop()
+    with pytest.raises(Cancelled):
+        calibrate(engine)
+    monkeypatch.undo()
+    engine._stop.clear()
+    engine.check()
+    assert engine.steering.costs is None
+    assert len(greedy(engine)) == 12
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"version": 1}', "\x00\x01", '{"version": 1, "time": 9e9, "costs": []}'])
+def test_damaged_memory_counts_as_none(engine: Engine, tmp_path: Path, damage: str) -> None:
+    calibrate(engine)
+    for path in tmp_path.rglob("*.json"):
+        path.write_text(damage)
+    assert Memory(tmp_path).costs(engine.steering._key) is None
+    assert Memory(None).costs(engine.steering._key) is None

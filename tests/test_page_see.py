@@ -1,0 +1,275 @@
+"""The panels that show the engine at work, in a real browser over the real application, with a recorded GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.browser
+pytest.importorskip("playwright", reason="no Playwright; install it with: pip install -r requirements-test.txt")
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+
+from app.main import Server, build_app  # noqa: E402
+from app.sensors import RecordedSource  # noqa: E402
+from app.state import State  # noqa: E402
+from moepic_core.spec import Settings  # noqa: E402
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+GB = 10**9
+CARD = {
+    "gpu_name": "Card 12", "vram_used_bytes": 9 * GB, "vram_total_bytes": 12 * GB, "gpu_use": 0.45,
+    "pcie_in_bytes_per_s": 8.7e9, "pcie_out_bytes_per_s": 2e8, "pcie_limit_bytes_per_s": 3.15e10, "power_w": 181.0,
+    "power_limit_w": 350.0, "ram_used_bytes": 16 * GB, "ram_total_bytes": 32 * GB, "ram_own_bytes": 2 * GB,
+    "cpu_use": 0.5,
+}  # fmt: skip
+PICTURES = ("speed", "layers", "plan", "heat", "token")
+# How many colours a canvas shows: a blank one has one, text alone only shades of a grey.
+COLOURS = """canvas => {
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const found = new Set();
+  for (let i = 0; i < data.length; i += 4) {
+    const [red, green, blue, opaque] = data.subarray(i, i + 4);
+    if (opaque === 255 && Math.max(red, green, blue) - Math.min(red, green, blue) > 40)
+      found.add(`${red >> 4},${green >> 4},${blue >> 4}`);
+  }
+  return found.size;
+}"""
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEPIC_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        state = State(Settings.create(checkpoint="demo-random-moe", device="cpu", link="emulated:500MB/s", vram="50%"))
+        yield state
+        state.close()
+
+
+@pytest.fixture(scope="module")
+def address(state: State, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    recording = tmp_path_factory.mktemp("recording") / "card-12.jsonl"
+    recording.write_text(json.dumps(CARD) + "\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    addresses: list[str] = []
+    ready = threading.Event()
+
+    def up(address: str) -> None:
+        addresses.append(address)
+        ready.set()
+
+    app = build_app(state, sensors=lambda: RecordedSource(recording))
+    server = Server(app, state, "127.0.0.1", port, up)
+    thread = threading.Thread(target=server.run, name="page")
+    thread.start()
+    assert ready.wait(60)
+    yield addresses[0]
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium; install it with: sudo apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def complaints() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def open_page(browser: Browser, address: str, complaints: list[str]) -> Callable[..., Page]:
+    def is_foreign(url: str) -> bool:
+        return not url.startswith((address, "data:", "blob:"))
+
+    def open_page(width: int = 1440, height: int = 900, theme: str = "light") -> Page:
+        page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: complaints.append(request.url) if is_foreign(request.url) else None)
+        page.goto(f"{address}/?__theme={theme}")
+        expect(page.locator("[data-p=hardware] [data-t=device]")).to_have_text("Card 12", timeout=30_000)
+        return page
+
+    return open_page
+
+
+@pytest.fixture(scope="module")
+def page(open_page: Callable[..., Page]) -> Page:
+    return open_page()
+
+
+@pytest.fixture(autouse=True)
+def no_complaints(complaints: list[str]) -> Iterator[None]:
+    yield
+    assert complaints == []
+
+
+def colours(page: Page, name: str) -> int:
+    return int(page.locator(f"[data-c={name}]").evaluate(COLOURS))
+
+
+def value(page: Page, name: str, panel: str) -> Any:
+    return page.locator(f"[data-p={panel}] [data-t={name}]")
+
+
+def test_before_a_model_is_loaded_panels_say_so(page: Page) -> None:
+    expect(page.locator("[data-live=status]")).to_have_text("no model")
+    expect(page.locator("[data-c=heat]")).to_have_attribute("aria-label", "Experts: no model")
+    for panel, name in (("speed", "speed"), ("layers", "hits"), ("heat", "on-device"), ("token", "stall")):
+        expect(value(page, name, panel)).to_have_text("–")
+    assert [colours(page, name) for name in PICTURES] == [0] * 5
+
+
+def test_hardware_of_a_recorded_card(page: Page) -> None:
+    texts = {
+        "gpu": "45 %", "pcie-in": "8.7 GB/s", "pcie-out": "200 MB/s", "power": "181 W", "temperature": "not available",
+        "cpu": "50 %", "disk": "not available", "vram": "9 GB",
+    }  # fmt: skip
+    for name, text in texts.items():
+        meter = page.locator(f".meter[data-m={name}]")
+        expect(meter.locator("[data-t]")).to_have_text(text)
+        assert ("absent" in (meter.get_attribute("class") or "")) is (text == "not available")
+    expect(page.locator("[data-t=source]")).to_have_text("recorded: card-12.jsonl")
+
+
+def test_an_answer_fills_every_panel(page: Page, state: State) -> None:
+    state.load(state.settings)
+    state.wait()
+    expect(page.locator("[data-live=status]")).to_have_text("ready", timeout=30_000)
+    expect(value(page, "slots", "layers")).to_have_text(re.compile(r"\d+ to \d+"))
+    expect(value(page, "memory", "hardware")).to_have_text("16 GB of 32 GB")
+    expect(page.locator(".device .bar")).to_have_attribute(
+        "aria-label", re.compile("^RAM, 16 GB of 32 GB used: .*Budget")
+    )
+    expect(page.locator("[data-c=layers]")).to_have_attribute("aria-label", "Hits per layer, last reply: nothing yet")
+    answer = state.reply([{"role": "user", "content": "why?"}], 0.0, 1.0, 40, lambda: False)
+    next(answer)
+    expect(value(page, "token", "token")).to_have_text(re.compile(r"[\d.]+ ms"), timeout=60_000)
+    list(answer)
+    for panel, names in {"layers": ("hits", "partial", "misses"), "token": ("overlap", "accuracy")}.items():
+        for name in names:
+            expect(value(page, name, panel)).to_have_text(re.compile(r"\d+ %"))
+    expect(value(page, "ceiling", "layers")).to_have_text(re.compile(r"\d+ %"), timeout=60_000)
+    expect(value(page, "worst", "layers")).to_have_text(re.compile(r"\d, \d, \d"))
+    expect(value(page, "speed", "speed")).to_have_text(re.compile(r"[\d.]+"))
+    assert all(colours(page, name) >= wanted for name, wanted in zip(PICTURES, (1, 3, 1, 6, 3), strict=True))
+
+
+def test_what_is_shown_is_what_the_server_says(page: Page, address: str) -> None:
+    expect(page.locator("[data-live=status]")).to_have_text("ready")
+    told = page.request.get(f"{address}/ui/live").json()["see"]
+    for panel, texts in {
+        "speed": told["speed"]["texts"], "layers": told["layers"]["last"]["texts"], "heat": told["heat"]["texts"],
+        "token": told["token"]["texts"],
+    }.items():  # fmt: skip
+        for name, text in texts.items():
+            for place in value(page, name, panel).all():
+                expect(place).to_have_text(text)
+    for panel, label in {"layers": told["layers"]["last"], "heat": told["heat"], "token": told["token"]}.items():
+        expect(page.locator(f"[data-c={panel}]")).to_have_attribute("aria-label", label["label"])
+
+
+def test_session_and_order_can_be_chosen(page: Page) -> None:
+    heat, before = page.locator("[data-c=heat]"), page.locator("[data-c=heat]").evaluate("canvas => canvas.toDataURL()")
+    page.get_by_role("button", name="by number").click()
+    expect(page.get_by_role("button", name="by number")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="most used first")).to_have_attribute("aria-pressed", "false")
+    assert heat.evaluate("canvas => canvas.toDataURL()") != before
+    page.get_by_role("button", name="most used first").click()
+    page.get_by_role("button", name="session").click()
+    expect(page.locator("[data-c=layers]")).to_have_attribute("aria-label", re.compile("^Per layer, session: "))
+    page.get_by_role("button", name="last reply").click()
+
+
+def test_pictures_answer_the_pointer(page: Page) -> None:
+    tip = page.get_by_role("tooltip")
+    page.locator("[data-c=heat]").hover(position={"x": 60, "y": 20})
+    expect(tip).to_contain_text(re.compile(r"Layer \d, expert \d+"))
+    page.locator("[data-c=layers]").hover(position={"x": 100, "y": 30})
+    expect(tip).to_contain_text(re.compile(r"hits, .* partial hits, .* misses"))
+    expect(tip).to_contain_text("slots for 32 experts, split ratio 0.4")
+    page.locator("[data-c=speed]").hover(
+        position={"x": page.locator("[data-c=speed]").bounding_box()["width"] - 2, "y": 20}
+    )  # type: ignore[index]
+    expect(tip).to_contain_text("tokens/s")
+    # Along the middle of the prefetch lane there is a transfer somewhere.
+    box = page.locator("[data-c=token]").bounding_box()
+    assert box is not None
+    seen = set()
+    for x in range(64, int(box["width"]), 4):
+        page.mouse.move(box["x"] + x, box["y"] + (box["height"] - 14) / 2)
+        if tip.is_visible():
+            seen.add(tip.inner_text())
+    assert any(
+        re.search(r"Layer \d, expert \d+\s+(top|bottom) segment, demand load: .* ms\s+[\d.]+ kB", text) for text in seen
+    ), seen
+    page.mouse.move(5, 5)
+    expect(tip).to_be_hidden()
+
+
+def test_every_figure_explains_itself(page: Page, address: str) -> None:
+    tip, terms = page.get_by_role("tooltip"), page.locator(".see .term, .figures .term")
+    known = page.request.get(f"{address}/ui/metrics").text()
+    assert terms.count() > 30
+    for term in terms.all():
+        assert f'<tr id="{(term.get_attribute("href") or "").partition("#")[2]}">' in known
+        assert len(term.get_attribute("data-tip") or "") > 10
+    page.locator(".figures .term", has_text="Overlap").hover()
+    expect(tip).to_contain_text("1 − stall / link busy time")
+    page.keyboard.press("Escape")
+    expect(tip).to_be_hidden()
+    with page.context.expect_page() as opened:
+        page.locator("[data-p=layers] .term", has_text="ceiling").click()
+    expect(opened.value.locator("tr:target")).to_contain_text("Belady")
+    opened.value.close()
+
+
+def test_a_server_that_is_gone_leaves_what_was_shown(page: Page) -> None:
+    shown = value(page, "token", "token").inner_text()
+    page.route("**/ui/live*", lambda route: route.fulfill(status=204))
+    expect(page.locator("[data-live=status]")).to_have_text("server not reachable")
+    expect(page.locator(".see.lost")).to_be_visible()
+    expect(value(page, "token", "token")).to_have_text(shown)
+    page.unroute("**/ui/live*")
+    expect(page.locator(".see.lost")).to_have_count(0, timeout=10_000)
+
+
+@pytest.mark.parametrize(("size", "theme"), [((1440, 900), "dark"), ((390, 844), "light"), ((390, 844), "dark")])
+def test_nothing_scrolls_sideways_and_pictures_fit(
+    open_page: Callable[..., Page], size: tuple[int, int], theme: str
+) -> None:
+    page = open_page(*size, theme)
+    expect(value(page, "token", "token")).to_have_text(re.compile("ms"))
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    for name in PICTURES:
+        assert colours(page, name) >= 1
+        box = page.locator(f"[data-c={name}]").bounding_box()
+        assert box is not None
+        assert box["width"] > 150
+        assert box["height"] > 30
+    page.context.close()
+
+
+def test_the_engine_s_column_needs_no_scrolling(page: Page) -> None:
+    heights: Any = page.evaluate("""() => {
+      const panels = [...document.querySelectorAll(".see .panel")];
+      return [Math.max(...panels.map(panel => panel.getBoundingClientRect().bottom)), innerHeight];
+    }""")
+    assert heights[0] <= heights[1]
