@@ -197,5 +197,5 @@ def note(message: Message) -> str:
         "new_tokens": "{} tokens",
         "error": "{}",
     }
-    words = [template.format(figures[key]) for key, template in templates.items() if figures.get(key) is not None]
+    words = [template.format(figures[key]) for key, template in templates.items() if figures.get(key)]
     return " · ".join(filter(None, [*words, REASONS[message.reason]]))

@@ -8,6 +8,7 @@ Object.assign(window.MoEpic, (() => {
   const DRAFT = "moepic-draft";
   const SIDE = "moepic-side";
   const UNDO_MS = 12_000;
+  const CALM_MS = 1000;
   const WIDE_PX = 1000;
   const tabs = new BroadcastChannel("moepic-conversations");
 
@@ -53,6 +54,7 @@ Object.assign(window.MoEpic, (() => {
     let opened = { id: null, changed: 0, rows: [] };
     let version = null;
     let server = null;
+    let lastAct = -CALM_MS; // when the user last did something
     let asked = null; // the state of the open conversation that Python was last asked to show
 
     let question = 0; // to Python; its answer carries the same number
@@ -95,8 +97,10 @@ Object.assign(window.MoEpic, (() => {
       part(".unsaved").hidden = !found.problem;
       say(part(".unsaved"), found.problem ?? "");
       draw(found.entries);
-      // Another tab has changed what is shown here.
-      if (opened.id && found.opened !== opened.changed && found.opened !== asked && !stopButton()) {
+      // Another tab has changed what is shown here, unless something that was just done here is still on its way.
+      if (!opened.id || found.opened === opened.changed || found.opened === asked || stopButton() || isWaiting) return;
+      if (performance.now() - lastAct < CALM_MS) setTimeout(load, CALM_MS);
+      else {
         asked = found.opened;
         show(found.opened === null ? null : opened.id, { same: true });
       }
@@ -248,6 +252,9 @@ Object.assign(window.MoEpic, (() => {
       if (live.conversations !== version) load();
     });
     window.addEventListener("pagehide", keepDraft);
+    for (const kind of ["click", "keydown"]) {
+      document.addEventListener(kind, () => (lastAct = performance.now()), true);
+    }
     document.addEventListener("click", (event) => {
       if (event.target.closest?.("#message .submit-button")) holdBack(event);
     }, true);
@@ -256,6 +263,8 @@ Object.assign(window.MoEpic, (() => {
       if (sends && event.target.matches?.("#message textarea")) holdBack(event);
     }, true);
     keyboard(part, startNew);
+    nameButtons();
+    new MutationObserver(nameButtons).observe(find("#message"), { childList: true, subtree: true });
     setUpSide();
   }
 
@@ -381,6 +390,12 @@ Object.assign(window.MoEpic, (() => {
         if (!menu.contains(event.target)) menu.open = false;
       }
     });
+  }
+
+  // Gradio makes these two anew whenever one takes the place of the other, with a picture and no name.
+  function nameButtons() {
+    find("#message .submit-button")?.setAttribute("aria-label", "Send");
+    stopButton()?.setAttribute("aria-label", "Stop");
   }
 
   const isSideOpen = () => find("#side").classList.contains("open");

@@ -108,15 +108,8 @@ window.MoEpic ??= (() => {
       notice.dataset.kind = live.notice.kind;
       say(find("notice"), live.notice.text);
     });
-    listeners.add(nameButtons);
     theme(element.querySelector(".theme"));
     poll();
-  }
-
-  // Gradio makes these two anew whenever one takes the place of the other, with a picture and no name.
-  function nameButtons() {
-    document.querySelector("button.submit-button")?.setAttribute("aria-label", "Send");
-    document.querySelector("button.stop-button")?.setAttribute("aria-label", "Stop");
   }
 
   function theme(button) {

@@ -3,8 +3,7 @@
 `python -m benchmarks.page [--seconds 8] [--rounds 3] [--tokens 64] [--checkpoint NAME]`. Needs requirements-test.txt
 and a Chromium. The first part serves the real page over a made-up session: 10 tokens/s of 64 x 256 with every event
 that an engine would tell, and a chat that streams 22 times a second beside it. The second part lets a real engine
-decode with the page open and closed in turn. The last line is one JSON object; docs/LOG.md sets it beside the
-prototype's figures.
+decode with the page open and closed in turn. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ import argparse
 import json
 import multiprocessing
 import shutil
+import socket
 import statistics
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,7 @@ from app.state import State
 from benchmarks.common import interleave, report
 from moepic_core.links import parse_link
 from moepic_core.planner import Needs, uniform_plan
-from moepic_core.spec import MachineProfile, ModelSpec, MoeLayer, Plan, Settings
+from moepic_core.spec import MachineProfile, ModelSpec, MoeLayer, Settings
 from moepic_core.telemetry import EventKind, Outcome, Part, Telemetry
 from moepic_core.verdict import judge
 
@@ -74,23 +74,20 @@ class MadeUp(State):
         self._likely /= self._likely.sum()
         self._book = Telemetry(NUM_LAYERS, NUM_EXPERTS, TOP_K)
         self._now, self._token = 0.0, 0
-        plan = self.plan()
+        plan = uniform_plan(self.settings, NEEDS, 20 * GB)
+        self._residency = np.full((NUM_LAYERS, 1), plan.layers[0].slots) > np.arange(NUM_EXPERTS)
         self._book.set_plan(plan, {kind: getattr(plan.memory, kind) for kind in ("resident", "kv", "staging", "cache")})
-        self._book.set_phase("idle")
+        self._book.begin_reply(self._now, 1, 0)
         self.serve(40)
-
-    def plan(self) -> Plan:
-        return uniform_plan(self.settings, NEEDS, 20 * GB)
+        self._book.end_reply()
 
     @property
     def telemetry(self) -> Telemetry:
         return self._book
 
     def look(self) -> Look:
-        slots = self.plan().layers[0].slots
-        residency = np.arange(NUM_EXPERTS) < np.full((NUM_LAYERS, 1), slots)
         loaded = Loaded(self.settings, SPEC, MACHINE, self._link, NEEDS, True, ())
-        return Look(1, None, None, loaded, self._book.snapshot(residency))
+        return Look(1, None, None, loaded, self._book.snapshot(self._residency))
 
     def preview(self, settings: Settings) -> Preview:
         verdict = judge(SPEC, NEEDS, MACHINE, settings.link)
@@ -102,6 +99,7 @@ class MadeUp(State):
     def reply(self, *_: Any, **__: Any) -> Iterator[Answer]:
         """Streams for as long as somebody listens."""
         text, next_token_s = "", time.monotonic()
+        self._book.begin_reply(self._now, 1, 0)
         for update in range(100_000):
             text += f"word {update} "
             yield Answer(text=text)
@@ -112,8 +110,6 @@ class MadeUp(State):
 
     def serve(self, num_tokens: int) -> None:
         book = self._book
-        if self._token == 0:
-            book.begin_reply(0.0, 1, 0)
         for _ in range(num_tokens):
             for layer in range(NUM_LAYERS):
                 experts = self._dice.choice(NUM_EXPERTS, TOP_K, False, self._likely).tolist()
@@ -163,27 +159,22 @@ def child() -> Iterator[tuple[str, psutil.Process]]:
     process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there,))
     process.start()
     assert process.pid is not None
-    yield here.recv(), psutil.Process(process.pid)
-    process.terminate()
-    process.join()
+    try:
+        yield here.recv(), psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.join()
 
 
 def _serve(pipe: Any) -> None:
     serve(MadeUp(), pipe.send).run()
 
 
-def serve(state: State, ready: Any) -> Server:
-    with psutil_free_port() as port:
-        return Server(build_app(state), state, "127.0.0.1", port, ready)
-
-
-@contextmanager
-def psutil_free_port() -> Iterator[int]:
-    import socket
-
+def serve(state: State, ready: Callable[[str], None]) -> Server:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        yield free.getsockname()[1]
+        port = free.getsockname()[1]
+    return Server(build_app(state), state, "127.0.0.1", port, ready)
 
 
 def server_cost(address: str, process: psutil.Process) -> dict[str, float]:
@@ -197,8 +188,8 @@ def server_cost(address: str, process: psutil.Process) -> dict[str, float]:
         times = process.cpu_times()
         return float(times.user + times.system)
 
+    time.sleep(10)  # until the ceiling is found
     body = json.loads(urllib.request.urlopen(f"{address}/ui/live").read())
-    time.sleep(3)  # the ceiling is found
     costs = {}
     for name, query in (("server_ms", ""), ("server_unchanged_ms", f"?seen={body['version']}")):
         idle_from, start = cpu_s(), time.monotonic()
@@ -227,7 +218,7 @@ def browser_cost(browser: Browser, address: str, seconds: float) -> dict[str, fl
     page = open_page(browser, address)
     results: dict[str, float] = {"page_ready_s": round(time.monotonic() - start, 2)}
     devtools = page.context.new_cdp_session(page)
-    devtools.send("Performance.enable")
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})  # other programs do not count
     asked = []
     page.on("response", lambda answer: asked.append(answer.url) if "/ui/live" in answer.url else None)
     page.get_by_label("Message", exact=True).fill("Why?")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-SPANS = (1, 2, 3, 4, 6, 8, 12, 16)  # steps moved at once: single ones first, larger jumps cross what is not convex
+LONGEST_MOVE = 16  # steps at once: jumps cross what is not convex
 MAX_MOVES = 10_000  # never reached: each move lowers the total
 
 Curves = NDArray[np.float64]  # [layers, steps + 1], cost of each layer with 0.. steps; never rising
@@ -57,7 +57,7 @@ def dynamic_program(curves: Curves, total: int) -> Steps:
 
 def _best_gift(curves: Curves, allocation: Steps, free: int) -> Steps | None:
     """The jump of at most `free` steps that helps most for each step; None where nothing helps."""
-    spans = np.array([span for span in SPANS if span <= free])
+    spans = np.arange(1, min(free, LONGEST_MOVE) + 1)
     gain = _gains(curves, allocation, spans) / spans[:, None]
     span, layer = np.unravel_index(gain.argmax(), gain.shape)
     if gain[span, layer] <= _least_gain(curves):
@@ -69,26 +69,24 @@ def _best_gift(curves: Curves, allocation: Steps, free: int) -> Steps | None:
 
 def _best_move(curves: Curves, allocation: Steps) -> Steps | None:
     """The exchange that lowers the total most: between two layers, or between one and the next best of all others."""
-    spans = np.array(SPANS)
+    spans = np.arange(1, LONGEST_MOVE + 1)
     gain, loss = _gains(curves, allocation, spans), -_gains(curves, allocation, -spans)
-    pairs = gain[:, :, None] - loss[:, None, :]  # [spans, receiver, giver]
-    layers = np.arange(len(curves))
-    pairs[:, layers, layers] = -np.inf
-    collected, spread = gain - _cheapest(loss[0], spans), -loss - _cheapest(-gain[0], spans)
-    best = [int(values.argmax()) for values in (pairs, collected, spread)]
-    values = [float(values.flat[place]) for values, place in zip((pairs, collected, spread), best, strict=True)]
-    kind = int(np.argmax(values))
-    if values[kind] <= _least_gain(curves):
+    moves = (
+        gain - _least_other(loss),
+        gain - _least_of_others(loss[0], spans),
+        -loss - _least_of_others(-gain[0], spans),
+    )
+    best = [int(values.argmax()) for values in moves]
+    lowered = [values.flat[place] for values, place in zip(moves, best, strict=True)]
+    kind = int(np.argmax(lowered))
+    if lowered[kind] <= _least_gain(curves):
         return None
-    change = np.zeros_like(allocation)
-    if kind == 0:
-        span, receiver, giver = np.unravel_index(best[0], pairs.shape)
-        change[receiver], change[giver] = spans[span], -spans[span]
-        return change
-    span, layer = np.unravel_index(best[kind], gain.shape)
-    sign, order = (1, loss[0]) if kind == 1 else (-1, -gain[0])
-    others = [other for other in order.argsort(kind="stable") if other != layer][: spans[span]]
-    change[layer], change[others] = sign * spans[span], -sign
+    place, layer = np.unravel_index(best[kind], gain.shape)
+    change, span = np.zeros_like(allocation), int(spans[place])
+    costs = (loss[place], loss[0], -gain[0])[kind]
+    others = [other for other in costs.argsort(kind="stable").tolist() if other != layer]
+    others, sign = (others[:1], span) if kind == 0 else (others[:span], 1 if kind == 1 else -1)
+    change[layer], change[others] = (span if kind < 2 else -span), -sign
     return change
 
 
@@ -99,13 +97,21 @@ def _gains(curves: Curves, allocation: Steps, spans: NDArray[np.int64]) -> NDArr
     return np.where(here, curves[layers, allocation] - curves[layers, np.where(here, steps, 0)], -np.inf)
 
 
-def _cheapest(cost: NDArray[np.float64], spans: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The sum of the least `span` costs of all layers but one: [spans, layers], infinity where there are too few."""
+def _least_other(cost: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The least cost [spans, layers] of any layer but one: [spans, layers], infinity where there is no other."""
+    first = cost.argmin(axis=1)[:, None] == np.arange(cost.shape[1])
+    second = np.where(first, np.inf, cost).min(axis=1, keepdims=True)
+    least: NDArray[np.float64] = np.where(first, second, cost.min(axis=1, keepdims=True))
+    return least
+
+
+def _least_of_others(cost: NDArray[np.float64], spans: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The sum of the least `span` costs [layers] of all layers but one: [spans, layers], infinity for too few."""
     order = cost.argsort(kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(cost))
     finite = np.where(np.isfinite(cost), cost, 1e300)
-    sums = np.concatenate(([0.0], finite[order].cumsum(), np.full(int(spans.max()), np.inf)))
+    sums = np.concatenate(([0.0], finite[order].cumsum(), np.full(int(spans[-1]), np.inf)))
     return np.where(place >= spans[:, None], sums[spans][:, None], sums[spans + 1][:, None] - finite)
 
 

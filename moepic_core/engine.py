@@ -76,7 +76,7 @@ class Engine:
         engine = cls(assemble(settings, progress, cancelled, Memory(memory)))
         try:
             engine._apply(engine._plan(engine.settings))
-            engine._warm_up()
+            engine.residency.warm_up()
         except BaseException:
             engine.close()
             raise
@@ -192,7 +192,7 @@ class Engine:
                 events, _ = telemetry.events()
                 self.hf.forget()
             self._apply(plan)
-            self._warm_up()
+            self.residency.warm_up()
         return Run(events, tuple(share.top_rows for share in rehearsed.layers), rehearsed.predictor != "none")
 
     def start_over(self, earlier: RoutingTrace | None) -> None:
@@ -204,7 +204,8 @@ class Engine:
             self._ensure_open()
             plan = self.plan
             self.residency.empty()
-            self._apply(plan)
+            self.residency.apply(plan)
+            self._told()
             if earlier is not None:
                 self.residency.remember(earlier)
                 self.residency.warm_up()
@@ -357,6 +358,7 @@ class Engine:
 
     def _apply(self, plan: Plan) -> None:
         """Puts `plan` in force; when the machine refuses memory that the budget has, settles for less and says so."""
+        old = self.residency.plan
         try:
             self.residency.apply(plan)
         except OutOfRoom as error:
@@ -365,17 +367,14 @@ class Engine:
                 raise
             self.residency.apply(self.steering.plan(self.settings, held))
             self.notices.append(f"the budget is {format_bytes(held)} for now: {error}")
+        trace = self.steering.trace() if old is None or old.eviction != plan.eviction else None
+        if trace is not None:  # a new eviction policy begins with what is known, not from nothing
+            self.residency.remember(trace)
         self._told()
 
     def _plan(self, settings: Settings) -> Plan:
         budget = budget_bytes(settings.vram, self.needs, free_for_budget(self.machine, self.link, self.spec))
         return self.steering.plan(settings, budget)
-
-    def _warm_up(self) -> None:
-        """Fills the cache with the experts that the eviction policy ranks highest, before anybody asks."""
-        if self.steering.earlier is not None:
-            self.residency.remember(self.steering.earlier)
-        self.residency.warm_up()
 
     def _told(self) -> None:
         self.residency.telemetry.set_plan(self.plan, self.residency.arena.bytes_by_kind)

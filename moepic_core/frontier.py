@@ -25,7 +25,7 @@ from .split_search import LayerOptions
 from .workload import Array, Workload
 
 STEPS_PER_LAYER = 16  # a step is this part of a layer, in whole experts where it has that many
-MAX_LEVELS = 192
+MAX_LEVELS = 128
 NUM_SEGMENTS = 8  # of the slider; levels of one segment are planned with the same windows
 MAX_ROUNDS = 4
 WORTH = 1e-3  # of a token's time: what another round must gain somewhere
@@ -104,8 +104,7 @@ def _levels(
     start = walk(work, layers, costs, *_equal(layers, fixed, levels[middles] * step_bytes)).windows
 
     def result_of(windows: Array) -> Walk:
-        slots, rows = _planned(options, levels, segments, windows)
-        return walk(work, layers, costs, slots[middles], rows[middles])
+        return walk(work, layers, costs, *_planned(options, levels[middles], segments[middles], windows))
 
     windows, rounds, settled = _agreed(start, result_of)
     slots, rows = _planned(options, levels, segments, windows)

@@ -24,7 +24,7 @@ def engine(checkpoints: Callable[..., Path], tmp_path: Path) -> Iterator[Engine]
         checkpoint=str(checkpoints("qwen3_moe")),
         device="cpu",
         link="emulated:50MB/s",
-        vram="60%",
+        vram="50% of experts",
         context_length=96,
         prefill_chunk=8,
     )
