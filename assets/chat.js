@@ -263,9 +263,17 @@ Object.assign(window.MoEpic, (() => {
       if (sends && event.target.matches?.("#message textarea")) holdBack(event);
     }, true);
     keyboard(part, startNew);
-    nameButtons();
-    new MutationObserver(nameButtons).observe(find("#message"), { childList: true, subtree: true });
-    setUpSide();
+    whenThere(["#message", "#side .toggle-button", "#side .sidebar-content"], () => {
+      nameButtons();
+      new MutationObserver(nameButtons).observe(find("#message"), { childList: true, subtree: true });
+      setUpSide();
+    });
+  }
+
+  // Gradio builds its components in an order of its own: acts as soon as all that `selectors` name is on the page.
+  function whenThere(selectors, act) {
+    if (selectors.every((selector) => find(selector))) act();
+    else requestAnimationFrame(() => whenThere(selectors, act));
   }
 
   function link(text, address) {
@@ -328,8 +336,10 @@ Object.assign(window.MoEpic, (() => {
         buttons.append(under);
       });
     };
-    drawUnder();
-    if (isNew) new MutationObserver(() => drawUnder()).observe(find("#conversation"), { childList: true, subtree: true });
+    whenThere(["#conversation"], () => {
+      drawUnder();
+      if (isNew) new MutationObserver(() => drawUnder()).observe(find("#conversation"), { childList: true, subtree: true });
+    });
 
     function actions(row) {
       const button = (text, label, act, isOff = false) => {
@@ -398,7 +408,7 @@ Object.assign(window.MoEpic, (() => {
     stopButton()?.setAttribute("aria-label", "Stop");
   }
 
-  const isSideOpen = () => find("#side").classList.contains("open");
+  const isSideOpen = () => find("#side")?.classList.contains("open") ?? false;
 
   function side(isOpen) {
     if (isSideOpen() !== isOpen) find("#side .toggle-button").click();

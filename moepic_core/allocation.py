@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-LONGEST_MOVE = 16  # steps at once: jumps cross what is not convex
 MAX_MOVES = 10_000  # never reached: each move lowers the total
 
 Curves = NDArray[np.float64]  # [layers, steps + 1], cost of each layer with 0.. steps; never rising
@@ -22,7 +21,7 @@ def fixed_point(curves: Curves, allocation: Steps, free: int) -> tuple[Steps, in
     that is helped most, until no move of any span lowers the total (arXiv 2509.08342, subproblem 2). Returns the
     allocation and the number of moves.
 
-    Beyond the paper a layer may also collect the steps of one jump from several others, or give them to several.
+    Beyond the paper a layer may also collect the steps of one jump from several others, one each, or give them so.
     Steps that help nobody are not handed out.
     """
     allocation = allocation.copy()
@@ -57,7 +56,7 @@ def dynamic_program(curves: Curves, total: int) -> Steps:
 
 def _best_gift(curves: Curves, allocation: Steps, free: int) -> Steps | None:
     """The jump of at most `free` steps that helps most for each step; None where nothing helps."""
-    spans = np.arange(1, min(free, LONGEST_MOVE) + 1)
+    spans = np.arange(1, min(free, curves.shape[1] - 1) + 1)
     gain = _gains(curves, allocation, spans) / spans[:, None]
     span, layer = np.unravel_index(gain.argmax(), gain.shape)
     if gain[span, layer] <= _least_gain(curves):
@@ -69,7 +68,7 @@ def _best_gift(curves: Curves, allocation: Steps, free: int) -> Steps | None:
 
 def _best_move(curves: Curves, allocation: Steps) -> Steps | None:
     """The exchange that lowers the total most: between two layers, or between one and the next best of all others."""
-    spans = np.arange(1, LONGEST_MOVE + 1)
+    spans = np.arange(1, curves.shape[1])  # jumps cross what is not convex
     gain, loss = _gains(curves, allocation, spans), -_gains(curves, allocation, -spans)
     moves = (
         gain - _least_other(loss),

@@ -122,9 +122,11 @@ def _prefetched(
     # Right guesses stand early in the list, but no link carries more of them than it carries.
     skew = np.minimum(found.skew, np.divide(wrong_s, right_s, out=np.zeros_like(guessed_s), where=right_s > 0))
     late_s = right_s * (1 - part) * (1 - skew * part)
+    # One guess is under way; where it is a wrong one, half of its chunk is left on average.
+    num_wrong = found.wrong - found.wrong_hits * (size.hit_link_s == 0)
     num_guessed = found.guessed_hits + found.guessed_misses + found.wrong
     chunk_s = np.minimum(machine.chunk_bytes / machine.link_bytes_per_s, size.miss_link_s)
-    residual_s = np.where(part < 1, found.wrong / np.maximum(1, num_guessed) * chunk_s / 2, 0)
+    residual_s = np.where(part < 1, num_wrong / np.maximum(1, num_guessed) * chunk_s / 2, 0)
     return part, late_s, residual_s
 
 
