@@ -168,7 +168,7 @@ def child() -> Iterator[tuple[str, psutil.Process]]:
     try:
         yield here.recv(), psutil.Process(process.pid)
     finally:
-        process.kill()
+        process.terminate()
         process.join()
 
 

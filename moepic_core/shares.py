@@ -87,6 +87,6 @@ def least_misses(
     unit = max(1, num_slots // MOST_UNITS)  # slots that are handed out together
     slots = [np.minimum(np.arange(0, most + unit, unit), layer.num_experts) for layer in layers]
     curves = np.stack([-hit[slot] for hit, slot in zip(hits, slots, strict=True)])
-    units = dynamic_program(curves, np.array([num_slots // unit]))[0]
+    units = dynamic_program(curves, num_slots // unit)
     taken = [int(slot[count]) for slot, count in zip(slots, units.tolist(), strict=True)]
     return spend_rest(layers, shares_of(layers, taken, rows), hits, room)
