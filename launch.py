@@ -28,6 +28,9 @@ REQUIREMENTS = ROOT / "requirements.txt"
 TEST_REQUIREMENTS = ROOT / "requirements-test.txt"
 FIRST_PORT, NUM_PORTS = 7860, 100
 OLDEST_PYTHON = (3, 11)
+# Files of tests side by side, as far as memory allows; a file's tests share what they started.
+SIDE_BY_SIDE = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+SETTINGS = ("vram", "device", "link", "strategy")  # options that are settings of the model
 CHECKS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 
 EPILOG = """\
@@ -88,10 +91,7 @@ def start(arguments: list[str]) -> int:
 
     return serve(
         checkpoint=options.checkpoint,
-        vram=options.vram,
-        device=options.device,
-        link=options.link,
-        strategy=options.strategy,
+        given={name: value for name in SETTINGS if (value := getattr(options, name)) is not None},
         host=options.host,
         port=port,
         auth=options.auth,
@@ -103,7 +103,7 @@ def test(arguments: list[str]) -> int:
     """Linters, types, then pytest, which has the last word on the screen. The first failure is the exit code."""
     set_up([REQUIREMENTS, TEST_REQUIREMENTS])
     failure = 0
-    for check in (*CHECKS, ("pytest", "-rs", *arguments)):
+    for check in (*CHECKS, ("pytest", "-rs", *SIDE_BY_SIDE, *arguments)):
         print(f"\n== {' '.join(check)}", flush=True)
         code = subprocess.call([str(environment_python()), "-m", *check], cwd=str(ROOT))
         if code and check[0] != "pytest":
@@ -120,14 +120,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = parser.add_argument_group("model")
+    model = parser.add_argument_group("model", "What is not given here is as it was last chosen on the page.")
     model.add_argument("--checkpoint", metavar="NAME", help="folder with config.json and *.safetensors, or a hub id")
     model.add_argument("--vram", metavar="SIZE", help="device memory that may be used: 6GB, 6GiB, 50%%, auto (default)")
-    model.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU if present")
-    model.add_argument(
-        "--link", default="auto", metavar="LINK", help="without a GPU: disk (default), emulated:16GB/s, pcie4x16, ..."
-    )
-    model.add_argument("--strategy", default="moepic", metavar="NAME", help="moepic (default) or a baseline")
+    model.add_argument("--device", choices=("auto", "cuda", "cpu"), help="default: a GPU if present")
+    model.add_argument("--link", metavar="LINK", help="without a GPU: disk (default), emulated:16GB/s, pcie4x16, ...")
+    model.add_argument("--strategy", metavar="NAME", help="moepic (default) or a baseline")
     page = parser.add_argument_group("page")
     page.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default 127.0.0.1)")
     page.add_argument("--port", type=int, metavar="N", help=f"default: the first free one from {FIRST_PORT} on")

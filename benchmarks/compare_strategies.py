@@ -5,6 +5,10 @@ takes 1, 2.9 (the paper's machine) and 6 times what computing the token takes. A
 routing of an earlier session, plays a few replies to warm up and then the measured ones; all cells are played in turn,
 several rounds. Beside what was measured stand the cost model's prediction and the simulator's replay of the same
 tokens. Emulated link; times hold for this machine, ratios travel.
+
+One thread computes, so that the link's copies have a core of their own, as they have a copy engine on a GPU.
+`python -m benchmarks.reference_checkpoints wide FOLDER` makes a checkpoint with the bundled model's routing and experts
+of the size that real models have.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.common import ForeignLoad, report
 from moepic_core.calibration import calibrate
@@ -65,8 +71,10 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--threads", type=int, default=1, help="of computation")
     parser.add_argument("--ablations", action="store_true", help="parts of moepic switched off, in place of strategies")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     earlier = load_trace(options.trace)
     questions = [entry["ask"] for entry in tomllib.loads(options.questions.read_text(encoding="utf-8"))["question"]]
     variants = ABLATIONS | {"moepic": {"strategy": "moepic"}} if options.ablations else {

@@ -13,6 +13,8 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read by torch when it is first imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read by huggingface_hub when it is first imported; tests that need a cache or a hub make their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "moepic-tests-have-no-hub-cache")

@@ -4,9 +4,9 @@ On a CPU one process per core shares each batch (DistributedDataParallel): two s
 one with two threads, and far less hurt by another program. On a GPU one process does it all. The run goes on from its
 last state when it was interrupted.
 
-Two losses act on the routers. Load balancing (Switch Transformers' equation 4, taken per layer) keeps every expert
-alive over a batch. The locality loss (ours) asks that neighbouring tokens share experts: what a cache lives from, and
-large models learn by themselves.
+Two losses act on the routers. Load balancing (Switch Transformers' equation 4, taken per layer) keeps experts alive
+over a batch; what falls idle all the same is revived before the polish. The locality loss (ours) asks that neighbouring
+tokens share experts: what a cache lives from, and large models learn by themselves.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from .corpus import DOMAINS, POLISH, Corpus, Turn
+from .revival import revive, uses_of
 
 IGNORED = -100
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are the MoEpic demo model.", "Answer briefly.", "Be kind.")
@@ -40,7 +41,7 @@ class Recipe:
 
     seed: int = 25090
     steps: int = 3400
-    polish_steps: int = 200  # after these, at a low rate, with more of what is hardest (`corpus.POLISH`)
+    polish_steps: int = 300  # after these, at a low rate, with more of what is hardest (`corpus.POLISH`)
     polish_rate: float = 0.2  # of the learning rate, at the start of the polish
     batch_tokens: int = 4096  # over all processes
     length: int = 256  # tokens of a training chat
@@ -111,6 +112,10 @@ def _worker(rank: int, workers: int, recipe: Recipe, tokenizer: PreTrainedTokeni
     corpus = Corpus()
     start, told = time.monotonic(), first
     for step in range(first, recipe.all_steps):
+        if step == recipe.steps:
+            batches = [_batch(corpus, tokenizer, recipe, step + ahead, rank, workers, device)[0] for ahead in range(8)]
+            routers = [_router_logits(model, tokens, device) for tokens in batches]
+            revive(model, optimizer, sum(uses_of(logits, model.config.num_experts_per_tok) for logits in routers))
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rate(step, recipe)
         tokens, weights = _batch(corpus, tokenizer, recipe, step, rank, workers, device)
@@ -203,6 +208,12 @@ def _losses(model: torch.nn.Module, tokens: Tensor, weights: Tensor, recipe: Rec
         "locality": recipe.locality
         * torch.stack([locality_loss(layer.float().view(*tokens.shape, -1)) for layer in out.router_logits]).mean(),
     }
+
+
+@torch.inference_mode()
+def _router_logits(model: Qwen3MoeForCausalLM, tokens: Tensor, device: str) -> tuple[Tensor, ...]:
+    with torch.autocast(device, torch.bfloat16):
+        return model(input_ids=tokens, use_cache=False, output_router_logits=True).router_logits
 
 
 def balance_loss(logits: Tensor, top_k: int = 4) -> Tensor:
