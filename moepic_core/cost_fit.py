@@ -31,7 +31,7 @@ def fit_costs(
     chunk_bytes: int,
     link_alone: LinkSpeed,
 ) -> Costs:
-    """`neurons` per layer. The link's rate is what it reached in the runs, or alone when nothing travelled in them.
+    """`neurons` per layer. The link is what it was in the runs, or alone when nothing travelled in them.
 
     A step's time is stall + step_s + (guess_s) + Σ over segments of (segment_s + row_s · rows). What segments take is
     fitted to the compute events of all layers of one size, what the step takes beside to the remainders of its time.
@@ -43,8 +43,8 @@ def fit_costs(
         for layer, size in enumerate(neurons)
     ]
     after_s = _median([steps.after() for steps in found])
-    rate = max((_link_rate(run.events) for run in runs), default=0.0) or link_alone.bytes_per_s
-    return Costs(tuple(layers), after_s, rate, link_alone.latency_s, chunk_bytes, "measured")
+    bytes_per_s, latency_s = _link(runs, link_alone)
+    return Costs(tuple(layers), after_s, bytes_per_s, latency_s, chunk_bytes, "measured")
 
 
 def _shared(found: Sequence[_Steps], neurons: Sequence[int], size: int, admit_s: float) -> LayerCosts:
@@ -133,13 +133,32 @@ def _fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[float]:
     return answer
 
 
-def _link_rate(events: NDArray[np.void]) -> float:
-    """Bytes per second while the link was busy; 0 when nothing travelled."""
-    covered, busy_s = Coverage(), 0.0
+def _link(runs: Sequence[Run], alone: LinkSpeed) -> tuple[float, float]:
+    """Bytes per second and latency of a transfer beside compute: busy time = transfers · latency + bytes / rate, fitted
+    to what travelled for one layer of one token. Small transfers spend most of their time on being handed over.
+    """
+    bursts = np.array([burst for run in runs for burst in _bursts(run.events)], np.float64).reshape(-1, 3)
+    if not len(bursts):
+        return alone.bytes_per_s, alone.latency_s
+    base_s, latency_s, byte_s = _fit(bursts[:, :2], bursts[:, 2])
+    if byte_s == 0:
+        return float(bursts[:, 1].sum() / bursts[:, 2].sum()), 0.0
+    return 1 / byte_s, latency_s + base_s / float(bursts[:, 0].mean())
+
+
+def _bursts(events: NDArray[np.void]) -> list[tuple[int, int, float]]:
+    """Transfers, bytes and busy seconds of the demands, and of the guesses, for each layer and token."""
     moved = events[np.isin(events["kind"], (EventKind.DEMAND, EventKind.PREFETCH))]
-    for event in moved:
-        busy_s += covered.add(float(event["start_s"]), float(event["end_s"]))
-    return float(moved["nbytes"].sum()) / busy_s if busy_s else 0.0
+    moved = moved[moved["phase"] == TracePhase.DECODE]
+    bursts = []
+    for burst in np.unique(moved[["kind", "token", "layer"]]):
+        mine = moved[moved[["kind", "token", "layer"]] == burst]
+        covered = Coverage()
+        busy_s = sum(
+            covered.add(float(start), float(end)) for start, end in zip(mine["start_s"], mine["end_s"], strict=True)
+        )
+        bursts.append((len(np.unique(mine[["expert", "part"]])), int(mine["nbytes"].sum()), busy_s))
+    return bursts
 
 
 def _median(values: Sequence[NDArray[np.float64]]) -> float:

@@ -18,6 +18,7 @@ from .trace import decoded
 
 WINDOW = 5000  # tokens that statistics cover, and after which a new plan is due (arXiv 2509.08342)
 _ENOUGH = 32  # tokens below which statistics say too little to plan from
+_FIRST = 128  # tokens until the first plan that stands on statistics
 
 
 def costs_key(spec: ModelSpec, machine: MachineProfile, link_label: str) -> list[object]:
@@ -43,6 +44,7 @@ class Steering:
         self.costs = memory.costs(self._key)
         self.earlier = memory.trace(spec.fingerprint)
         self._new_tokens = 0  # made since the last plan
+        self._known_tokens = 0  # that it stands on
 
     def learn(self, costs: Costs) -> None:
         """From now on plans stand on `costs`."""
@@ -58,8 +60,9 @@ class Steering:
 
     def plan(self, settings: Settings, budget: int) -> Plan:
         """The plan of `settings` under `budget` bytes, by all that is known now."""
-        self._new_tokens = 0
-        return make_plan(settings, self.needs, budget, self.costs, self.trace())
+        trace = self.trace()
+        self._new_tokens, self._known_tokens = 0, 0 if trace is None else trace.num_tokens
+        return make_plan(settings, self.needs, budget, self.costs, trace)
 
     def forecast(self, settings: Settings, budgets: Sequence[int]) -> list[tuple[int, Breakdown]]:
         """What `settings` would cost under each of `budgets`; empty while nothing is measured."""
@@ -70,8 +73,8 @@ class Steering:
 
     @property
     def due(self) -> bool:
-        """Whether enough was learned since the last plan to make another."""
-        return self._new_tokens >= WINDOW
+        """Whether what is known has doubled since the last plan (ours), or after WINDOW tokens (the paper)."""
+        return self._new_tokens >= min(WINDOW, max(_FIRST, self._known_tokens))
 
     def keep(self) -> None:
         """Saves the routing for the next start."""

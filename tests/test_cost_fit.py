@@ -79,3 +79,16 @@ def test_nothing_is_below_zero_and_no_tokens_cost_nothing() -> None:
     costs = fit_costs([empty], [NEURONS], 4096, LINK)
     assert costs.after_s == 0
     assert all(value == 0 for value in (costs.layers[0].before_s, costs.layers[0].row_s, costs.layers[0].segment_s))
+
+
+def test_what_small_transfers_take_longer_is_latency() -> None:
+    rows, start = [], 1.0
+    for token, (count, nbytes) in enumerate([(1, 4096), (2, 4096), (4, 4096), (1, 40960), (3, 40960)]):
+        for expert in range(count):
+            end = start + 2e-4 + nbytes / 1e8
+            rows.append((EventKind.DEMAND, TracePhase.DECODE, Part.WHOLE, 0, expert, 1, token, nbytes, start, end))
+            start = end
+        start += 1.0
+    costs = fit_costs([Run(np.array(rows, EVENT), (30,), False)], [NEURONS], 4096, LINK)
+    assert costs.link_latency_s == pytest.approx(2e-4, rel=1e-6)
+    assert costs.link_bytes_per_s == pytest.approx(1e8, rel=1e-6)
