@@ -91,7 +91,7 @@ def start(arguments: list[str]) -> int:
 
     return serve(
         checkpoint=options.checkpoint,
-        given={name: value for name in SETTINGS if (value := getattr(options, name)) is not None},
+        given={name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None},
         host=options.host,
         port=port,
         auth=options.auth,

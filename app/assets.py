@@ -6,8 +6,15 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets"
 ICON = "favicon.svg"
-STYLES = ("page.css", "live.css", "chat.css")
-SCRIPTS = ("page.js", "live.js", "chat.js")  # the first one makes `MoEpic`, the others add to it
+STYLES = ("page.css", "steer.css", "live.css", "chat.css", "explore.css")
+# The first one makes `MoEpic`, the others add to it.
+SCRIPTS = (
+    "page.js",
+    "steer.js",
+    "live.js",
+    "chat.js",
+    "explore.js",
+)
 SERVED = (*STYLES, *SCRIPTS, ICON)
 STYLE_TAGS = "".join(f'<link rel="stylesheet" href="ui/{name}">' for name in STYLES)
 # For components, which wait for what stands in their own head. That of the page may be read after they have begun.

@@ -180,6 +180,7 @@ def rows(conversation: Conversation) -> list[dict[str, Any]]:
             "role": message.role,
             "versions": followers[message.parent],
             "note": note(message),
+            "failed": message.reason == "error",
             "continues": message is path[-1] and message.role == "assistant" and bool(without_reasoning(message.text)),
         }
         for message in path

@@ -21,7 +21,7 @@ from moepic_core.units import format_bytes
 
 from .nouns import Look
 from .terms import NUM_WORST, SPEED_TOKENS
-from .views import UNKNOWN, number, percent
+from .views import UNKNOWN, milliseconds, number, percent, span
 
 SHOWN = (EventKind.COMPUTE, EventKind.STALL, EventKind.DEMAND, EventKind.PREFETCH)  # what a timeline draws
 LINK = (EventKind.DEMAND, EventKind.PREFETCH)
@@ -85,8 +85,8 @@ def layers(snapshot: Snapshot, num_experts: Sequence[int], ceiling: Ceiling | No
     assert snapshot.plan is not None
     shares = snapshot.plan.layers
     texts = {
-        "split": _range([share.split_ratio for share in shares], "{:.2f}"),
-        "slots": _range([share.slots for share in shares], "{}"),
+        "split": span([share.split_ratio for share in shares], "{:.2f}"),
+        "slots": span([share.slots for share in shares], "{}"),
     }
     last, session = (None, None) if ceiling is None else (ceiling.last_reply, ceiling.session)
     return {
@@ -124,11 +124,6 @@ def _scope(counters: Counters, ceiling: Sequence[float | None] | None, name: str
         if total.uses
         else f"Hits per layer, {name}: nothing yet",
     }
-
-
-def _range(values: Sequence[float], template: str) -> str:
-    low, high = template.format(min(values)), template.format(max(values))
-    return low if low == high else f"{low} to {high}"
 
 
 # ---- heat map ----
@@ -203,8 +198,3 @@ def covered(events: NDArray[np.void]) -> float:
     starts, ends = events["start_s"][order], np.maximum.accumulate(events["end_s"][order])
     before = np.concatenate(([-np.inf], ends[:-1]))
     return float(np.maximum(0, ends - np.maximum(starts, before)).sum())
-
-
-def milliseconds(seconds: float) -> str:
-    value = 1000 * seconds
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"

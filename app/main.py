@@ -19,13 +19,14 @@ from starlette.routing import Mount
 
 from moepic_core.calibrate import probe
 from moepic_core.errors import MoepicError
-from moepic_core.spec import Settings
 
-from . import assets, checkpoints, demo_checkpoint, terms
+from . import assets, checkpoints, demo_checkpoint, explore_routes, terms
 from .conversation_routes import add_routes
 from .guard import LOOPBACK_HOSTS, Guard
-from .panels import answers, budget, chat, conversations, header, model, see
+from .helping import Helping
+from .panels import answers, budget, chat, conversations, desk, explore, header, model, see, steer
 from .sensors import MachineSource, Source
+from .settings_store import SettingsStore, settings_path
 from .state import State
 from .store import Store, default_path
 from .talk import Talk
@@ -36,19 +37,20 @@ from .watch import Watch
 def serve(
     *,
     checkpoint: str | None,
-    vram: str | None,
-    device: str,
-    link: str,
-    strategy: str,
+    given: dict[str, str],
     host: str,
     port: int,
     auth: tuple[str, str] | None,
     ready: Callable[[str], None],
 ) -> int:
-    """Serves the page until Ctrl-C and returns the exit code; `ready` gets its address once it answers."""
+    """Serves the page until Ctrl-C and returns the exit code; `ready` gets its address once it answers.
+
+    `given` has the settings that the command line names; for the others holds what was chosen on the page earlier.
+    """
     try:
-        settings = first_settings(checkpoint, vram=vram, device=device, link=link, strategy=strategy)
-        state = State(settings)
+        kept = SettingsStore(settings_path(), given)
+        settings = kept.of(checkpoint or checkpoints.default_name())
+        state = State(settings, kept)
         state.check(settings)
     except MoepicError as error:
         print(f"launch.py: {error}", file=sys.stderr)
@@ -70,14 +72,6 @@ def serve(
         state.close()
         store.close()
     return 0
-
-
-def first_settings(checkpoint: str | None, vram: str | None = None, **settings: str) -> Settings:
-    """What the command line asks for. Half the room is enough for the demo: with all of it there is nothing to see."""
-    name = checkpoint or checkpoints.default_name()
-    if vram is None:
-        vram = "auto" if checkpoint else "50% of experts"
-    return Settings.create(checkpoint=name, vram=vram, **settings)
 
 
 class Server(uvicorn.Server):
@@ -115,11 +109,13 @@ def build_app(
 ) -> FastAPI:
     """The whole server: guard, our own routes, Gradio's page. Watches the engine for as long as it runs."""
     watch, store, server = Watch(state, sensors), store or Store(), secrets.token_hex(4)
+    workshop = explore_routes.Workshop(state, Helping(state, store))
 
     @asynccontextmanager
     async def watching(_: FastAPI) -> AsyncIterator[None]:
         watch.start()
         yield
+        workshop.close()
         watch.close()
 
     hosts = None if auth else (*LOOPBACK_HOSTS, host.strip("[]"))  # who has to log in may come by any name
@@ -131,6 +127,7 @@ def build_app(
         return JSONResponse(answer, headers={"Cache-Control": "no-store"})
 
     add_routes(app, store)
+    explore_routes.add_routes(app, workshop)
 
     @app.get("/ui/metrics")
     def metrics() -> HTMLResponse:
@@ -172,17 +169,18 @@ def build_page(state: State, store: Store) -> gr.Blocks:
             opened = conversations.build()
             answers_panel = answers.build()
         header.build()
+        explore.build()
         with gr.Row(elem_id="main"):
             talk = gr.Column(elem_id="talk", scale=9, min_width=320)
             controls = gr.Column(elem_id="controls", scale=11, min_width=320)
         with controls:
             model_panel = model.build(device)
             budget_panel = budget.build("RAM" if device == "cpu" else "VRAM")
+            steer_panel = steer.build()
             see.build(device)
         with talk:
             chat_panel = chat.build()
-        model.wire(model_panel, budget_panel, state, page)
-        budget.wire(budget_panel, model_panel.selection, state)
+        desk.wire(desk.Desk(state, model_panel, steer_panel, budget_panel, gr.State(None)), page)
         answers.wire(answers_panel)
         chat.wire(chat_panel, opened, answers_panel, page, model_panel.refresh, Talk(store, state))
     for block in page.blocks.values():

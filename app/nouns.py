@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+from moepic_core.costs import Breakdown
 from moepic_core.events import FinishReason
 from moepic_core.links import Link
 from moepic_core.metrics import Reply, Snapshot
@@ -76,6 +79,22 @@ class Look:
     notice: Notice | None
     loaded: Loaded | None
     snapshot: Snapshot | None
+    changes: int = 0  # grows when what a preview says may have changed
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a token would cost under some budgets, rising from the smallest."""
+
+    points: tuple[tuple[int, Breakdown], ...]  # bytes, and where the seconds go
+
+    @property
+    def budgets(self) -> list[int]:
+        return [budget for budget, _ in self.points]
+
+    def at(self, budget: int, figure: str) -> float:
+        """The `figure` of a Breakdown under `budget`, between the budgets that were planned."""
+        return float(np.interp(budget, self.budgets, [getattr(cost, figure) for _, cost in self.points]))
 
 
 @dataclass(frozen=True)
@@ -85,21 +104,34 @@ class Preview:
     settings: Settings
     machine: MachineProfile  # with what the loaded model would give back counted as free
     link: Link
-    spec: ModelSpec | None = None  # None: the checkpoint is not on this machine yet
+    spec: ModelSpec | None = None  # None: the checkpoint is not wholly on this machine yet
     needs: Needs | None = None
     verdict: Verdict | None = None
     budget_bytes: int | None = None  # None: no budget works
     loaded: bool = False
+    reloads: bool = False  # the same checkpoint is loaded, with settings that only a load can change
     notes: tuple[str, ...] = ()
-    forecast: tuple[tuple[int, float], ...] = ()  # budgets in bytes, rising, and the predicted seconds of a token
+    forecast: Forecast | None = None  # None: nothing is measured yet, or it is being made
+    reserved_bytes: int = 0  # device memory that other programs shall have
+    in_force: Plan | None = None  # of the loaded model
+    missing: str | None = None  # of a checkpoint that was begun to be downloaded, in words
 
     @property
     def free_bytes(self) -> int:
         """Device memory that a budget may take. Without a GPU, an emulated link's host copy lies in the same memory."""
         copy = self.spec.expert_bytes if self.spec is not None and self.link.kind == "emulated" else 0
-        return max(0, int(self.machine.device_free_bytes * HEADROOM) - copy)
+        return max(0, int((self.machine.device_free_bytes - self.reserved_bytes) * HEADROOM) - copy)
+
+    @property
+    def may_be_tried(self) -> bool:
+        """Whether loading can work although the verdict says no: what is short may be given back until then."""
+        if self.spec is None or self.verdict is None or self.verdict.step != "will not run":
+            return False
+        return self.link.kind == "disk" or self.spec.expert_bytes <= self.machine.host_free_bytes
 
     def plan(self, budget: int) -> Plan:
-        """What `budget` would buy."""
+        """What `budget` would buy: the plan in force where it is that, else equal shares."""
         assert self.needs is not None, self.settings.checkpoint
+        if self.in_force is not None and self.in_force.memory.budget == budget:
+            return self.in_force
         return uniform_plan(self.settings, self.needs, budget)

@@ -13,66 +13,83 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moepic_core import finder
 from moepic_core.calibrate import probe
 from moepic_core.checkpoint import read_spec
-from moepic_core.errors import BadSettings, Cancelled, MoepicError, OutOfRoom
+from moepic_core.errors import BadSettings, Cancelled, OutOfRoom
 from moepic_core.events import Done, FinishReason, PromptRead, TokenMade
 from moepic_core.events import Notice as EngineNotice
 from moepic_core.folders import user_folder
 from moepic_core.links import parse_link
-from moepic_core.needs import needs_of
-from moepic_core.planner import OF_EXPERTS, budget_bytes
-from moepic_core.spec import MachineProfile, Plan, Settings
+from moepic_core.planner import OF_EXPERTS, Needs
+from moepic_core.spec import Plan, Settings
 from moepic_core.telemetry import Telemetry
 from moepic_core.units import parse_bytes
-from moepic_core.verdict import judge
 
 from . import checkpoints, conversation
+from .faults import explained
 from .nouns import Answer, Loaded, Look, Notice, Preview, Progress
+from .previews import Held, Previews, fitted_budget
+from .settings_store import SettingsStore
 
 if TYPE_CHECKING:  # importing the engine takes seconds, so the first load does that while the page is up already
+    from moepic_core.ablation import Row
     from moepic_core.engine import Engine
     from moepic_core.hf.text import Message
+    from moepic_core.steering import Steering
 
-FORECAST_POINTS = 24  # budgets along the slider for which a plan is made
 UPDATE_S = 0.045  # the browser needs 8 ms to draw an answer anew: about 20 times a second is smooth and cheap
 CALM_TURNS = 5  # updates without news between two that are told nevertheless
-NEED_A_LOAD = ("checkpoint", "device", "link", "dtype", "context_length")  # settings that only a load can change
+LEAST_BUDGET = 1.05  # of the smallest budget, when the verdict says no: loading finds a little more than headers say
 
 
 class State:
-    """See the module. `settings` are those of the command line; they hold until the page changes them."""
+    """See the module. `settings` are those of the start; `kept` has those of every checkpoint, from then on."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, kept: SettingsStore | None = None) -> None:
         self.settings = settings
+        self.kept = kept or SettingsStore(given=differing(settings))
+        self._previews = Previews(self._changed)
         self._lock = threading.Lock()  # held for looks and assignments only, never while something works
         self._engine: Engine | None = None
         self._loaded: Loaded | None = None
         self._loader: threading.Thread | None = None
         self._loads = 0
+        self._changes = 0
         self._progress: Progress | None = None
         self._notice: Notice | None = None
         self._num_notices = 0
         self._replying = threading.Lock()  # held by the one reply that is being made
+        self.comparing = False  # settings; then none can change
         self._load_cancelled = threading.Event()
-        self._known_forecast: tuple[object, tuple[tuple[int, float], ...]] | None = None
         self._closed = threading.Event()
 
     def look(self) -> Look:
         """All that is true now. Cheap; from any thread."""
         with self._lock:
-            engine, loads, progress = self._engine, self._loads, self._progress
+            engine, loads, progress, changes = self._engine, self._loads, self._progress, self._changes
             notice, loaded = self._notice, self._loaded
-        return Look(loads, progress, notice, loaded, engine.snapshot() if engine else None)
+        return Look(loads, progress, notice, loaded, engine.snapshot() if engine else None, changes)
+
+    def _changed(self) -> None:
+        """Tells every tab that a preview may say something else now."""
+        with self._lock:
+            self._changes += 1
 
     @property
     def telemetry(self) -> Telemetry | None:
         """Of the loaded model: its events and trace, which say more than a snapshot. Readers change nothing."""
         engine = self._engine
         return None if engine is None else engine.residency.telemetry
+
+    @property
+    def steering(self) -> Steering | None:
+        """Of the loaded model: measured costs, known routing and forecasts. Readers change nothing."""
+        engine = self._engine
+        return None if engine is None else engine.steering
 
     def tell(self, kind: Literal["error", "info"], text: str) -> None:
         """Shows `text` in every tab until something newer or better happens."""
@@ -91,50 +108,32 @@ class State:
 
     def preview(self, settings: Settings) -> Preview:
         """What `settings` would need here; loads nothing. Raises a MoepicError when they cannot work at all."""
+        return self._previews.of(settings, self._held(), self.kept.reserved_bytes)
+
+    def _held(self) -> Held | None:
         with self._lock:
             engine, loaded = self._engine, self._loaded
-        machine = probe(settings.device)
-        if engine is not None:
-            machine = _without(machine, engine)
-        link = parse_link(settings.link, machine.device)
-        if engine is not None and loaded is not None and is_same_model(settings, loaded.settings):
-            verdict = judge(loaded.spec, loaded.needs, machine, settings.link)
-            budget, notes = engine.plan.memory.budget, loaded.notes
-            preview = Preview(loaded.settings, machine, link, loaded.spec, loaded.needs, verdict, budget, True, notes)
-            return dataclasses.replace(preview, forecast=self._forecast(engine, preview))
-        folder = checkpoints.folder(settings.checkpoint)
-        if folder is None:
-            return Preview(settings, machine, link)
-        spec = read_spec(folder, settings.dtype)
-        needs = needs_of(settings, spec, machine)
-        verdict = judge(spec, needs, machine, settings.link)
-        preview = Preview(settings, machine, link, spec, needs, verdict)
-        if verdict.step == "will not run":
-            return preview
-        return dataclasses.replace(preview, budget_bytes=budget_bytes(settings.vram, needs, preview.free_bytes))
+        if engine is None or loaded is None:
+            return None
+        used = int(engine.snapshot().session.decode.activations[0].sum())
+        in_host = 0 if engine.link.kind == "disk" else engine.spec.expert_bytes
+        return Held(
+            loaded, engine.plan, engine.steering, used // max(1, engine.spec.top_k), engine.residency.arena.used_bytes,
+            in_host,
+        )  # fmt: skip
 
-    def _forecast(self, engine: Engine, preview: Preview) -> tuple[tuple[int, float], ...]:
-        """Predicted seconds of a token along the whole slider, planned anew when what is known has grown by a lot."""
-        settings, session = preview.settings, engine.snapshot().session.decode
-        tokens = int(session.activations[0].sum()) // max(1, engine.spec.top_k)
-        key = (self._loads, settings.replace(vram="auto"), tokens.bit_length())
-        if self._known_forecast is None or self._known_forecast[0] != key:
-            low, high = engine.needs.smallest, min(engine.needs.everything, preview.free_bytes)
-            step = max(1, (high - low) // (FORECAST_POINTS - 1))
-            budgets = range(low, low + FORECAST_POINTS * step, step)
-            found = engine.steering.forecast(settings, budgets)
-            self._known_forecast = key, tuple((budget, cost.total_s) for budget, cost in found)
-        return self._known_forecast[1]
+    def load(self, settings: Settings, anyway: bool = False) -> None:
+        """Starts to load and returns. When that fails, the model from before answers again and a notice says why.
 
-    def load(self, settings: Settings) -> None:
-        """Starts to load and returns. When that fails, the model from before answers again and a notice says why."""
+        `anyway`: also when the verdict says that it will not run, with a budget as small as possible.
+        """
         with self._lock:
             if self._loader is not None:
                 raise BadSettings("a model is being loaded already; wait for it or cancel it")
             self._notice = None
             self._progress = Progress("loading", settings.checkpoint)
             self._load_cancelled.clear()
-            self._loader = threading.Thread(target=self._load, args=(settings,), name="load", daemon=True)
+            self._loader = threading.Thread(target=self._load, args=(settings, anyway), name="load", daemon=True)
             self._loader.start()
 
     def cancel_load(self) -> None:
@@ -213,7 +212,9 @@ class State:
                         yield dataclasses.replace(now, text="".join(pieces[:num_shown]))
                     if done and num_shown == len(pieces):
                         break
-                working.result()
+                error = working.exception()
+                if error is not None:
+                    raise explained(error) from error
                 figures = engine.snapshot().reply
                 yield dataclasses.replace(now, text="".join(pieces), reason=reason, figures=figures)
             finally:
@@ -226,15 +227,57 @@ class State:
         if engine is not None:
             engine.request_stop()
 
-    def reconfigure(self, **changes: Any) -> Plan:
-        """Changes budget or strategy of the loaded model, also while it answers. Raises a MoepicError."""
+    def compare(self, messages: Sequence[Message], tell: Callable[[float, str], None]) -> list[Row]:
+        """What `messages` cost under the present settings and with parts switched off; see the core's `comparison`.
+
+        Refused with BadSettings while an answer is made; until it ends answers wait and settings stay as they are.
+        """
+        from moepic_core.comparison import compare
+
         engine = self._ready_engine()
-        plan = engine.reconfigure(**changes)
+        if not self._replying.acquire(blocking=False):
+            raise BadSettings("an answer is being written; stop it or wait until it is complete, then compare")
+        try:
+            self.comparing = True
+            prompt: Any = messages if engine.text.has_chat_template else conversation.as_text(messages)
+            return compare(engine, prompt, tell)
+        finally:
+            self.comparing = False
+            self._replying.release()
+
+    def reconfigure(self, **changes: Any) -> Plan:
+        """Changes live settings of the loaded model, also while it answers. Raises a MoepicError."""
+        if self.comparing:
+            raise BadSettings("settings are being compared; stop that, or change them when it is done")
+        engine = self._ready_engine()
+        loaded = self._loaded
+        assert loaded is not None, changes
+        settings = loaded.settings.replace(**changes)
+        applied = {**changes, "vram": self._vram(settings, engine.needs)} if "vram" in changes else changes
+        plan = engine.reconfigure(**applied)
         with self._lock:
             if engine is self._engine and self._loaded is not None:
-                settings = self._loaded.settings.replace(**changes)
                 self._loaded = dataclasses.replace(self._loaded, settings=settings)
+            self._changes += 1
         return plan
+
+    def reserve(self, nbytes: int) -> None:
+        """Leaves `nbytes` of device memory to other programs, from the next token on. Raises a MoepicError."""
+        before, loaded = self.kept.reserved_bytes, self._loaded
+        self.kept.reserve(nbytes)
+        try:
+            if loaded is not None:
+                self.reconfigure(vram=loaded.settings.vram)
+        except BaseException:
+            self.kept.reserve(before)
+            raise
+        self._changed()
+
+    def _vram(self, settings: Settings, needs: Needs) -> str | int:
+        """The budget that the engine gets: what the settings say, as far as other programs leave it."""
+        if not self.kept.reserved_bytes:
+            return settings.vram
+        return fitted_budget(settings, needs, self.preview(settings).free_bytes, self.kept.reserved_bytes)
 
     def clear_notice(self) -> None:
         """What was wrong is not any more, or the user tries something else."""
@@ -246,6 +289,7 @@ class State:
         self._load_cancelled.set()
         self.wait()
         self._unload()
+        self._previews.close()
 
     def _ready_engine(self) -> Engine:
         engine = self._engine
@@ -253,22 +297,19 @@ class State:
             raise BadSettings("no model is loaded; choose a checkpoint and press Load")
         return engine
 
-    def _load(self, settings: Settings) -> None:
-        failure: str | None = "loading failed for a reason of our own; the console shows it"
+    def _load(self, settings: Settings, anyway: bool) -> None:
         try:
-            self._replace(settings)
-            failure = None
+            self._replace(settings, anyway)
         except Cancelled:
-            failure = f"{settings.checkpoint} was not loaded: cancelled"
-        except MoepicError as error:
-            failure = str(error)
+            self.tell("error", f"{settings.checkpoint} was not loaded: cancelled")
+        except Exception as error:  # the end of this thread: the page says what it is, the console has all of it
+            self.tell("error", str(explained(error)))
         finally:
-            if failure is not None:
-                self.tell("error", failure)
             with self._lock:
                 self._progress = self._loader = None
+                self._changes += 1  # some of it may be on this machine now
 
-    def _replace(self, settings: Settings) -> None:
+    def _replace(self, settings: Settings, anyway: bool) -> None:
         """Unloads the old model only when the new one looks good; brings it back if the new one fails nevertheless."""
         folder = checkpoints.folder(settings.checkpoint)
         if folder is None:
@@ -276,30 +317,37 @@ class State:
         preview = self.preview(settings)
         assert preview.needs is not None, folder
         assert preview.verdict is not None, folder
-        if preview.verdict.step == "will not run":
+        vram: str | int = int(preview.needs.smallest * LEAST_BUDGET)
+        if preview.verdict.step != "will not run":
+            budget = fitted_budget(settings, preview.needs, preview.free_bytes, preview.reserved_bytes)  # may refuse
+            vram = budget if preview.reserved_bytes else settings.vram
+        elif not anyway:
             raise OutOfRoom(f"{settings.checkpoint} {preview.verdict.text}")
-        budget_bytes(settings.vram, preview.needs, preview.free_bytes)  # refuses a budget that is too small
-        before = self._unload()
+        before = self._held()
+        self._unload()
         try:
-            self._bring(settings, str(folder), self._load_cancelled)
+            self._bring(settings, str(folder), vram, self._load_cancelled)
         except BaseException:
             if before is not None:
-                self._bring(before.settings, before.spec.path, self._closed)
+                loaded = before.loaded
+                self._bring(loaded.settings, loaded.spec.path, before.plan.memory.budget, self._closed)
             raise
+        if Path(settings.checkpoint).is_dir():
+            self.kept.remember(settings.checkpoint)
 
-    def _unload(self) -> Loaded | None:
+    def _unload(self) -> None:
         with self._lock:
-            engine, before = self._engine, self._loaded
+            engine = self._engine
             self._engine = self._loaded = None
         if engine is not None:
             engine.close()
-        return before
 
-    def _bring(self, settings: Settings, folder: str, cancelled: threading.Event) -> None:
+    def _bring(self, settings: Settings, folder: str, vram: str | int, cancelled: threading.Event) -> None:
+        """Loads from `folder` with a budget of `vram`, which may be less than `settings` ask for."""
         from moepic_core.calibration import calibrate
         from moepic_core.engine import Engine
 
-        local = settings.replace(checkpoint=folder)
+        local = settings.replace(checkpoint=folder, vram=vram)
         engine = Engine.load(local, self._counter("loading", settings), cancelled.is_set, user_folder())
         if engine.steering.costs is None:  # once per checkpoint and machine: later starts remember
             try:
@@ -337,22 +385,8 @@ class State:
         return count
 
 
-def is_same_model(one: Settings, other: Settings) -> bool:
-    """Whether changing from `one` to `other` needs no loading."""
-    return all(getattr(one, name) == getattr(other, name) for name in NEED_A_LOAD)
-
-
-def _without(machine: MachineProfile, engine: Engine) -> MachineProfile:
-    """`machine` as it would be if the loaded model were gone: what it holds is added, up to what was free before it."""
-    device = engine.residency.arena.used_bytes
-    host = 0 if engine.link.kind == "disk" else engine.spec.expert_bytes
-    if machine.device == "cpu":
-        device = host = device + host
-    before = engine.machine
-    return dataclasses.replace(
-        machine,
-        device_free_bytes=max(
-            machine.device_free_bytes, min(before.device_free_bytes, machine.device_free_bytes + device)
-        ),
-        host_free_bytes=max(machine.host_free_bytes, min(before.host_free_bytes, machine.host_free_bytes + host)),
-    )
+def differing(settings: Settings) -> dict[str, Any]:
+    """What of `settings` is not the default, without the checkpoint."""
+    start = Settings(settings.checkpoint)
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {name: value for name, value in values.items() if value != getattr(start, name)}

@@ -22,6 +22,7 @@ from .state import State
 from .store import Store
 
 SAVE_S = 0.5  # between two times that a growing answer is written down
+DRAW_S = 0.001  # for each message above: browsers look at all of them whenever one grows, and shall have time for more
 
 Window = list[dict[str, Any]]
 View = tuple[Window, str]
@@ -143,12 +144,14 @@ class Talk:
         self.growing.add((id, number))
         self.state.clear_notice()
         try:
-            saved_s = time.monotonic()
+            saved_s = drawn_s = time.monotonic()
             sampling = {name: value for name, value in settings.items() if name != "system"}
             for answer in self.state.reply(turns, **sampling, stopped=stop.is_set):
                 text, reason, figures = begun + answer.text, answer.reason or "", _figures(answer)
-                now = Message(number, None, "assistant", text, message.created, "")
-                yield [*shown, *(conversation.shown([now]) if text else [_waiting(answer)])], None
+                if time.monotonic() - drawn_s >= DRAW_S * len(shown):
+                    drawn_s = time.monotonic()
+                    now = Message(number, None, "assistant", text, message.created, "")
+                    yield [*shown, *(conversation.shown([now]) if text else [_waiting(answer)])], None
                 if time.monotonic() - saved_s > SAVE_S:
                     self.store.save(id, number, text, "")
                     saved_s = time.monotonic()

@@ -30,7 +30,8 @@ PAGE_METRICS: tuple[Metric, ...] = (
     Metric("token_s", "s", "Time that the last token took, since the one before it.", "seconds[kind == TOKEN][-1]"),
     Metric("token_stall_s", "s", "Time of the last token for which compute had nothing to do but wait for the link.",
            "np.sum(seconds[kind == STALL])"),
-    Metric("token_overlap", "0..1", "1 − stall / link busy time of the last token, its own transfers alone."),
+    Metric("token_overlap", "0..1", "1 − stall / link busy time of the last token, its own transfers alone.",
+           "max(0, 1 - np.sum(seconds[kind == STALL]) / np.sum(credit))"),
     Metric("on_device", "count", "Experts that are on the device, whole or with their top segment alone.",
            "np.sum(residency > 0)"),
     Metric("use", "0..1", "How often an expert was used while decoding in this session, of its layer's most used one.",
@@ -51,6 +52,20 @@ PAGE_METRICS: tuple[Metric, ...] = (
     Metric("vram", "bytes", "Used memory of the GPU."),
     Metric("ram", "bytes", "Used memory of the machine, without files that would yield."),
     Metric("cpu_use", "0..1", "Share of all cores' time that programs used."),
+    Metric("compared_speed", "tokens/s", "Decode speed of one prompt under these settings: tokens / time over all "
+           "passes, without the first tokens of each, which find caches that are still filling.",
+           "np.sum(kind == TOKEN) / np.sum(seconds[kind == TOKEN])"),
+    Metric("compared_ratio", "×", "This speed / the one with cache, split and prefetch switched off."),
+    Metric("compared_bytes", "bytes", "What came over the link, demand loads and prefetches, per counted token.",
+           "np.sum(nbytes[np.isin(kind, (DEMAND, PREFETCH))]) / np.sum(kind == TOKEN)"),
+    Metric("compared_stall", "s", "Time for which compute had nothing to do but wait for the link, per counted token.",
+           "np.sum(seconds[kind == STALL]) / np.sum(kind == TOKEN)"),
+    Metric("predicted_tpot", "s", "Time per output token that the cost model expects of a plan: from costs measured on "
+           "this machine and what recorded tokens would find cached and guessed. Simulated: the same tokens replayed "
+           "event by event with the engine's own rules."),
+    Metric("replayed_hits", "0..1", "Share of recorded uses that find their expert in a cache of so many slots under a "
+           "policy, from an empty cache, without prefetch. Belady evicts what is needed again last; nothing can do "
+           "better."),
     Metric("disk_read", "bytes/s", "What is read from this machine's disks. A full bar is the most seen so far."),
 )  # fmt: skip
 _ALL = {metric.name: metric for metric in (*METRICS, *PAGE_METRICS)}

@@ -62,8 +62,11 @@ class Watch:
         with self._lock:
             heard = self._listener.hear(self._state.telemetry, time.perf_counter())
         sample = self._sampler.last if self._sampler is not None else None
+        shown = views.live(look)
+        if self._state.comparing:
+            shown["status"] = "comparing settings"
         answer = {
-            **views.live(look),
+            **shown,
             "version": f"{look.loads}-{look.snapshot.version if look.snapshot else 0}-{hash(ceiling)}",
             "hardware": gauges.hardware(sample, look, heard.link_bytes_per_s),
         }

@@ -78,9 +78,9 @@ Object.assign(window.MoEpic, (() => {
       sendLater = false;
     }
 
-    // While an answer comes one may write on, but the next message waits.
+    // While an answer comes one may write on, but the next message waits. One that goes is seen going.
     function holdBack(event) {
-      if (!isWaiting && !stopButton()) return;
+      if (!isWaiting && !stopButton()) return seeNewest();
       event.preventDefault();
       event.stopImmediatePropagation();
       sendLater = isWaiting;
@@ -313,6 +313,16 @@ Object.assign(window.MoEpic, (() => {
     return date.toLocaleDateString("en-GB", { day: "numeric", month: "short", ...(!isThisYear && { year: "numeric" }) });
   }
 
+  // Gradio's window follows what is added only where its end is on the screen.
+  function seeNewest() {
+    const window_ = find("#conversation .bubble-wrap");
+    const grown = new MutationObserver(() => {
+      window_.scrollTop = window_.scrollHeight;
+      grown.disconnect();
+    });
+    if (window_) grown.observe(window_, { childList: true, subtree: true });
+  }
+
   // ---- under each message: figures, versions, branch, continue ----
 
   let drawUnder = null;
@@ -365,7 +375,7 @@ Object.assign(window.MoEpic, (() => {
         open(opened.id, { number: row.number, branch: true })));
       if (row.continues) made.push(button("Continue", "Continue this answer", () => stopButton() || trigger("submit")));
       if (row.note) {
-        const note = make("span", "note", row.note);
+        const note = make("span", row.failed ? "note failed" : "note", row.note);
         if (row.role === "assistant") note.title = definitions;
         made.push(note);
       }

@@ -512,7 +512,8 @@ MoEpic.see = (() => {
   tip.hidden = true;
 
   function showTip(lines, x, y) {
-    if (!tip.isConnected) document.body.append(tip);
+    const home = document.querySelector("dialog[open]") ?? document.body; // an open dialog lies above all else
+    if (tip.parentNode !== home) home.append(tip);
     tip.replaceChildren(...lines.map((line) => Object.assign(document.createElement("p"), { textContent: line })));
     tip.hidden = false;
     const { offsetWidth: width, offsetHeight: height } = tip;
@@ -547,6 +548,7 @@ MoEpic.see = (() => {
   document.addEventListener("focusout", hideTip);
   document.addEventListener("pointerout", (event) => event.target.closest?.("[data-tip]") && hideTip());
   document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
+  document.addEventListener("close", hideTip, { capture: true });
   document.addEventListener("scroll", hideTip, { capture: true, passive: true });
 
   const PANELS = { drawSpeed, drawLayers, drawHeat, drawToken };

@@ -1,8 +1,8 @@
 """Who gets how much of a budget: curves of falling cost, one for each layer, and steps of memory to share among them.
 
-`planner` calls `fixed_point` for the paper's subproblem 2 and `dynamic_program` for AdapMoE's allocation and as the
-yardstick. Knows nothing of experts, bytes or seconds. The same curves give the same answer everywhere; among equals
-the first layer is served.
+`frontier` calls `fixed_point` for the paper's subproblem 2; `shares` calls `dynamic_program` for AdapMoE's allocation,
+and tests as the yardstick. Knows nothing of experts, bytes or seconds. The same curves give the same answer everywhere;
+among equals the first layer is served.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_MOVES = 10_000  # never reached: each move lowers the total
+MAX_MOVES = 1000  # of one budget; a few are usual
 
-Curves = NDArray[np.float64]  # [layers, steps + 1], cost of each layer with 0.. steps; never rising
-Steps = NDArray[np.int64]  # [layers]
+Curves = NDArray[np.float64]  # [layers, steps + 1], cost of each layer with 0, 1, 2 … steps; never rising
+Steps = NDArray[np.int64]
 
 
-def fixed_point(curves: Curves, allocation: Steps, free: int) -> tuple[Steps, int]:
-    """Hands out `free` steps on top of `allocation`, then moves steps from the layer that is hurt least to the layer
-    that is helped most, until no move of any span lowers the total (arXiv 2509.08342, subproblem 2). Returns the
-    allocation and the number of moves.
+def fixed_point(curves: Curves, totals: Steps) -> tuple[Steps, int]:
+    """Shares of at most so many steps, for each of `totals` [budgets] by itself: [budgets, layers]; and the most moves
+    that a budget took.
 
-    Beyond the paper a layer may also collect the steps of one jump from several others, one each, or give them so.
-    Steps that help nobody are not handed out.
+    Steps move from the layer that is hurt least to the layer that is helped most, until no move lowers the sum of costs
+    (arXiv 2509.08342, subproblem 2). Ours: a move may be of any number of steps, so that it crosses what is not convex,
+    and takes first what nobody has; and the start is not equal shares but the steepest jumps of all curves, as many as
+    fit, which is the optimum itself where curves are convex. Steps that help nobody are left over.
     """
-    allocation = allocation.copy()
+    allocation = _steepest(curves, totals)
+    moving = np.arange(len(totals))
     for moves in range(MAX_MOVES):
-        change = _best_gift(curves, allocation, free) if free else None
-        if change is None:
-            change = _best_move(curves, allocation)
-        if change is None:
+        change = _best_moves(curves, allocation[moving], totals[moving])
+        allocation[moving] += change
+        moving = moving[change.any(axis=1)]
+        if not len(moving):
             return allocation, moves
-        allocation += change
-        free -= int(change.sum())
-    raise AssertionError(f"no fixed point within {MAX_MOVES} moves")
+    return allocation, MAX_MOVES
 
 
 def dynamic_program(curves: Curves, total: int) -> Steps:
-    """The allocation of at most `total` steps with the least sum of costs; exact (ours)."""
+    """The allocation [layers] of at most `total` steps with the least sum of costs; exact (ours)."""
     num_layers, width = curves.shape
     least = np.zeros(total + 1)  # of the layers so far, with 0..total steps
     taken = np.zeros((num_layers, total + 1), np.int64)
@@ -54,64 +54,55 @@ def dynamic_program(curves: Curves, total: int) -> Steps:
     return allocation
 
 
-def _best_gift(curves: Curves, allocation: Steps, free: int) -> Steps | None:
-    """The jump of at most `free` steps that helps most for each step; None where nothing helps."""
-    spans = np.arange(1, min(free, curves.shape[1] - 1) + 1)
-    gain = _gains(curves, allocation, spans) / spans[:, None]
-    span, layer = np.unravel_index(gain.argmax(), gain.shape)
-    if gain[span, layer] <= _least_gain(curves):
-        return None
+def _steepest(curves: Curves, totals: Steps) -> Steps:
+    """The jumps along the lower convex hulls of all curves, steepest first, up to the first that does not fit into a
+    total: [budgets, layers].
+    """
+    num_layers, width = curves.shape
+    layers, spans = np.arange(num_layers), np.arange(1, width)[:, None]
+    steps, jumps = np.zeros(num_layers, np.int64), []
+    while (steps < width - 1).any():
+        gain = _cost(curves, steps) - _cost(curves, steps + spans)  # minus infinity beyond the end
+        best = (gain / spans).argmax(axis=0)
+        rises = gain[best, layers] > _least_gain(curves)
+        jumps.append(np.stack((gain[best, layers] / (best + 1), layers, best + 1))[:, rises])
+        steps = np.where(rises, steps + best + 1, width - 1)
+    slopes, layer, span = np.concatenate([np.empty((3, 0)), *jumps], axis=1)
+    order = (-slopes).argsort(kind="stable")
+    layer, span = layer[order].astype(int), span[order].astype(int)
+    counts = span.cumsum().searchsorted(totals, side="right").tolist()
+    taken = [np.bincount(layer[:count], span[:count], num_layers) for count in counts]
+    return np.array(taken, np.int64).reshape(-1, num_layers)
+
+
+def _best_moves(curves: Curves, allocation: Steps, totals: Steps) -> Steps:
+    """For each budget the exchange that lowers the sum of costs most, as a change of `allocation`; zeros for none."""
+    budgets, layers = np.arange(len(totals)), np.arange(len(curves))
+    spans = np.arange(1, curves.shape[1])
+    given = np.maximum(0, spans - (totals - allocation.sum(axis=1))[:, None])  # [budgets, spans]
+    here = _cost(curves, allocation)[:, None]
+    gain = here - _cost(curves, allocation[:, None] + spans[:, None])  # [budgets, spans, layers]
+    loss = _cost(curves, allocation[:, None] - given[..., None]) - here
+    giver = loss.argmin(axis=2)
+    is_giver = giver[..., None] == layers
+    others = np.where(is_giver, np.inf, loss).min(axis=2, keepdims=True)
+    least = np.where(is_giver, others, loss.min(axis=2, keepdims=True))  # of any layer but the receiver
+    lowered = gain - np.where(given[..., None] > 0, least, 0)
+    place, receiver = np.divmod(lowered.reshape(len(totals), -1).argmax(axis=1), len(layers))
+    helps = lowered[budgets, place, receiver] > _least_gain(curves)
+    loss[budgets, place, receiver] = np.inf
     change = np.zeros_like(allocation)
-    change[layer] = spans[span]
+    change[budgets, loss[budgets, place].argmin(axis=1)] -= given[budgets, place]
+    change[budgets, receiver] += spans[place]
+    change[~helps] = 0
     return change
 
 
-def _best_move(curves: Curves, allocation: Steps) -> Steps | None:
-    """The exchange that lowers the total most: between two layers, or between one and the next best of all others."""
-    spans = np.arange(1, curves.shape[1])  # jumps cross what is not convex
-    gain, loss = _gains(curves, allocation, spans), -_gains(curves, allocation, -spans)
-    moves = (
-        gain - _least_other(loss),
-        gain - _least_of_others(loss[0], spans),
-        -loss - _least_of_others(-gain[0], spans),
-    )
-    best = [int(values.argmax()) for values in moves]
-    lowered = [values.flat[place] for values, place in zip(moves, best, strict=True)]
-    kind = int(np.argmax(lowered))
-    if lowered[kind] <= _least_gain(curves):
-        return None
-    place, layer = np.unravel_index(best[kind], gain.shape)
-    change, span = np.zeros_like(allocation), int(spans[place])
-    costs = (loss[place], loss[0], -gain[0])[kind]
-    others = [other for other in costs.argsort(kind="stable").tolist() if other != layer]
-    others, sign = (others[:1], span) if kind == 0 else (others[:span], 1 if kind == 1 else -1)
-    change[layer], change[others] = (span if kind < 2 else -span), -sign
-    return change
-
-
-def _gains(curves: Curves, allocation: Steps, spans: NDArray[np.int64]) -> NDArray[np.float64]:
-    """By how much `spans` more steps lower each layer's cost: [spans, layers], minus infinity where it has no room."""
-    steps = allocation + spans[:, None]
-    here, layers = (steps >= 0) & (steps < curves.shape[1]), np.arange(len(curves))
-    return np.where(here, curves[layers, allocation] - curves[layers, np.where(here, steps, 0)], -np.inf)
-
-
-def _least_other(cost: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The least cost [spans, layers] of any layer but one: [spans, layers], infinity where there is no other."""
-    first = cost.argmin(axis=1)[:, None] == np.arange(cost.shape[1])
-    second = np.where(first, np.inf, cost).min(axis=1, keepdims=True)
-    least: NDArray[np.float64] = np.where(first, second, cost.min(axis=1, keepdims=True))
-    return least
-
-
-def _least_of_others(cost: NDArray[np.float64], spans: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The sum of the least `span` costs [layers] of all layers but one: [spans, layers], infinity for too few."""
-    order = cost.argsort(kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(cost))
-    finite = np.where(np.isfinite(cost), cost, 1e300)
-    sums = np.concatenate(([0.0], finite[order].cumsum(), np.full(int(spans[-1]), np.inf)))
-    return np.where(place >= spans[:, None], sums[spans][:, None], sums[spans + 1][:, None] - finite)
+def _cost(curves: Curves, steps: Steps) -> NDArray[np.float64]:
+    """Of each layer with its `steps` [..., layers]; infinity where it cannot have so many."""
+    width = curves.shape[1]
+    inside = (steps >= 0) & (steps < width)
+    return np.where(inside, curves[np.arange(len(curves)), np.where(inside, steps, 0)], np.inf)
 
 
 def _least_gain(curves: Curves) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -194,6 +195,31 @@ class Engine:
             self._apply(plan)
             self.residency.warm_up()
         return Run(events, tuple(share.top_rows for share in rehearsed.layers), rehearsed.predictor != "none")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, replies are recorded apart and live settings may change; afterwards all is as before, come what may.
+
+        For trying things out, between replies: the session's telemetry does not notice. KV memory goes on.
+        """
+        with self._turn:
+            self._ensure_open()
+            if self._generating:
+                raise BadSettings("a reply is being generated; try things out when it is done")
+            settings, plan, telemetry = self.settings, self.plan, self.residency.telemetry
+            self.residency.telemetry = telemetry.fresh()
+            self.residency.telemetry.set_phase("idle")
+        try:
+            yield
+        finally:
+            with self._turn:
+                if not self._closed:
+                    self.residency.forget_guesses()
+                    self.residency.transfer.drain_events()
+                    self.residency.telemetry, self.settings = telemetry, settings
+                    self._stop.clear()  # a stop ends what was tried out, not its tidying up
+                    self._apply(plan)
+                    self.residency.warm_up()
 
     def start_over(self, earlier: RoutingTrace | None) -> None:
         """Empties caches and eviction history, as after a start that knows what `earlier` tokens used; between replies.

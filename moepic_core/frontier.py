@@ -1,10 +1,10 @@
 """The best plans of a growing budget: the paper's configurator (arXiv 2509.08342), run along the whole slider.
 
-`planner` makes one frontier per trace and asks it for any budget. Levels of memory are planned one after the other,
-each from the fixed point of the level below plus its new memory (ours; the paper starts from equal shares), so more
-memory never predicts slower: a level that turned out worse than a smaller one is answered with the smaller one.
-Shares and windows depend on each other. So all levels are planned, then walked, and planned anew with the windows that
-came out, until no level gains. Knows layers, slots and seconds; what else takes memory is the planner's business.
+`planner` makes one frontier per trace and asks it for any budget. Each level of memory is shared among the layers by
+what it saves there (subproblems 1 and 2: `split_search`, `allocation`). Shares and the link time before each layer
+depend on each other, so levels are planned, walked, and planned anew with the windows that came out, until no level
+gains. A level that turned out worse than a smaller one is answered with the smaller one: more memory never predicts
+slower. Knows layers, slots and seconds; what else takes memory is the planner's business.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _levels(
     levels: Ints,
     segments: Ints,
 ) -> Levels:
-    """Plans of all levels, each from the fixed point of the one below."""
+    """Plans of all levels for one way to prefetch."""
     options = [
         LayerOptions(work, number, layer, costs, step_bytes, num_steps, None if fixed is None else fixed[number])
         for number, layer in enumerate(layers)
@@ -129,15 +129,13 @@ def _agreed(windows: Array, result_of: Callable[[Array], Walk]) -> tuple[Array, 
 
 def _planned(options: Sequence[LayerOptions], levels: Ints, segments: Ints, windows: Array) -> tuple[Ints, Ints]:
     """Slots and rows of all levels, [levels, layers], with the windows [layers, segments, tokens]."""
-    layers = np.arange(len(options))
-    allocation = np.zeros(len(options), np.int64)
-    slots, rows = np.zeros((2, len(levels), len(options)), np.int64)
-    for segment in range(segments[-1] + 1):
-        best = [option.best(windows[layer, segment]) for layer, option in enumerate(options)]
-        curves, of_slots, of_rows = (np.stack(parts) for parts in zip(*best, strict=True))
-        for level in np.flatnonzero(segments == segment):
-            allocation, _ = fixed_point(curves, allocation, int(levels[level] - allocation.sum()))
-            slots[level], rows[level] = of_slots[layers, allocation], of_rows[layers, allocation]
+    best = [option.best(own) for option, own in zip(options, windows, strict=True)]
+    curves, of_slots, of_rows = (np.stack(parts, axis=1) for parts in zip(*best, strict=True))
+    layers, found = np.arange(len(options)), []
+    for segment, own in enumerate(curves):
+        steps, _ = fixed_point(own, levels[segments == segment])
+        found.append((of_slots[segment, layers, steps], of_rows[segment, layers, steps]))
+    slots, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return slots, rows
 
 

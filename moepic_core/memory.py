@@ -1,11 +1,13 @@
 """What is kept of a checkpoint from one start to the next: measured costs, and the routing of its last tokens.
 
 The engine reads both when it loads and writes them when it learns something. Without a folder nothing is kept. What is
-missing, stale or damaged counts as never kept: it is measured again and overwritten.
+missing, stale or damaged counts as never kept: it is measured again and overwritten. What cannot be written, on a disk
+that is full or not ours, is not kept, because nothing of it is needed now.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .costs import Costs, LayerCosts
-from .errors import MoepicError
+from .errors import BadSettings, MoepicError
 from .routing import RoutingTrace
 from .trace_file import load_trace, save_trace
 
@@ -28,9 +30,13 @@ class Memory:
 
     def keep_costs(self, key: Sequence[object], costs: Costs) -> None:
         """`key` names all that the costs depend on: checkpoint, machine, link, number format, threads."""
-        if self.folder is not None:
-            path = self._path("costs", key, "json")
-            path.write_text(json.dumps({"version": _VERSION, "time": time.time(), "costs": dataclasses.asdict(costs)}))
+        if self.folder is None:
+            return
+        text = json.dumps({"version": _VERSION, "time": time.time(), "costs": dataclasses.asdict(costs)})
+        path = self._path("costs", key, "json")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
     def costs(self, key: Sequence[object]) -> Costs | None:
         if self.folder is None:
@@ -46,8 +52,12 @@ class Memory:
             return None
 
     def keep_trace(self, fingerprint: str, trace: RoutingTrace) -> None:
-        if self.folder is not None:
-            save_trace(trace, self._path("routing", [fingerprint], "npz"))
+        if self.folder is None:
+            return
+        path = self._path("routing", [fingerprint], "npz")
+        with contextlib.suppress(OSError, BadSettings):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_trace(trace, path)
 
     def trace(self, fingerprint: str) -> RoutingTrace | None:
         if self.folder is None:
@@ -60,6 +70,4 @@ class Memory:
 
     def _path(self, kind: str, key: Sequence[object], ending: str) -> Path:
         assert self.folder is not None
-        folder = self.folder / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:16]}.{ending}"
+        return self.folder / kind / f"{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:16]}.{ending}"

@@ -177,7 +177,9 @@ class Outlook:
             trace = assumed_trace(num_experts, needs.top_k)
         trace = trace.last(min(MOST_TOKENS, max(FEWEST_TOKENS, EXPERTS_REPLAYED // sum(num_experts))))
         self._replay = replay(trace, _eviction(settings), _predictor(settings))
-        self._works: dict[int, Workload] = {}
+        depth = needs.top_k if _predictor(settings) != "none" else 0
+        self._depths = [depth, 0] if depth and self._may_choose else [depth]
+        self._works = {each: workload(self._replay, each) for each in self._depths}
 
     def plan(self, budget: int) -> Plan:
         return self.plans([budget])[0]
@@ -187,14 +189,13 @@ class Outlook:
         layers, bases = self.needs.layers, [uniform_plan(self.settings, self.needs, budget) for budget in budgets]
         candidates = [self._candidates(base) for base in bases]
         everything = table(*(shares for each in candidates for shares in each))
-        may_choose = self._allocation == "planned" and self.settings.prefetch == "auto"
-        depths = {base.prefetch_depth for base in bases} | ({0} if may_choose else set())
+        depths = {base.prefetch_depth for base in bases} | ({0} if self._may_choose else set())
         walks = {
             depth: walk(self._work(depth), layers, self.costs, *everything, itemised=True) for depth in sorted(depths)
         }
         plans, row = [], 0
         for base, shares in zip(bases, candidates, strict=True):
-            ways = [base.prefetch_depth, 0] if may_choose else [base.prefetch_depth]
+            ways = [base.prefetch_depth, 0] if self._may_choose else [base.prefetch_depth]
             seconds = np.array([walks[depth].total_s[row : row + len(shares)] for depth in ways])
             way, best = np.unravel_index(seconds.argmin(), seconds.shape)
             predicted = breakdown(walks[ways[way]], row + int(best), self.costs)
@@ -206,14 +207,14 @@ class Outlook:
         """What the allocation proposes, and for the configurator the equal shares that it has to beat."""
         layers, room = self.needs.layers, max(0, _room(self.settings, self.needs, base.memory.budget))
         if self._allocation == "dynamic-program":
-            rows = [share.top_rows for share in base.layers]
-            return [least_misses(layers, rows, self._hits(base.prefetch_depth), room)]
+            return [least_misses(layers, [share.top_rows for share in base.layers], self._hits, room)]
         if self._allocation != "planned":
             return [base.layers]
         levels, row, _ = self._frontier.best(room)
         found = shares_of(layers, levels.slots[row].tolist(), levels.rows[row].tolist())
         splits = EQUAL_SPLITS if self.settings.split is None else ()
-        return [found, base.layers, *(equal_shares(layers, split, room) for split in splits)]
+        equal = [equal_shares(layers, split, room) for split in splits]
+        return [found, spend_rest(layers, found, self._hits, room), base.layers, *equal]
 
     def _chosen(
         self, base: Plan, candidates: Sequence[tuple[LayerPlan, ...]], best: int, depth: int, predicted: Breakdown
@@ -223,12 +224,14 @@ class Outlook:
             why = "shares of the fewest expected misses, by dynamic program"
             reason = _reason(base.strategy, shares, layers, why)
         elif self._allocation == "planned":
-            room = max(0, _room(self.settings, self.needs, base.memory.budget))
-            levels, *_ = self._frontier.best(room)
+            if self._may_choose and predicted.total_s > self._streaming_s:
+                empty = self._empty[: base.prefetch_depth + 1]
+                way = min(range(len(empty)), key=lambda way: empty[way].total_s)
+                if empty[way].total_s < predicted.total_s:
+                    depth, predicted, shares = way, empty[way], self._nothing
+            levels, *_ = self._frontier.best(max(0, _room(self.settings, self.needs, base.memory.budget)))
             rounds, why = levels.rounds, "equal shares, predicted to be faster than all unequal ones that were found"
-            if best == 0:
-                # What is left over is not predicted for, so that a prediction never rises with the budget.
-                shares = spend_rest(layers, shares, self._hits(depth), room)
+            if best < 2:
                 end = "no move of memory between layers helps any more" if levels.settled else "no more are made"
                 why = f"planned in {rounds} rounds: {end}"
             why += "; no prefetch, which would cost more than it hides" if depth < base.prefetch_depth else ""
@@ -246,9 +249,33 @@ class Outlook:
             predicted=predicted,
         )
 
-    def _hits(self, depth: int) -> list[NDArray[np.float64]]:
+    @property
+    def _may_choose(self) -> bool:
+        """Whether the plan says how many guesses are made."""
+        return self._allocation == "planned" and self.settings.prefetch == "auto"
+
+    @cached_property
+    def _nothing(self) -> tuple[LayerPlan, ...]:
+        return shares_of(self.needs.layers, *[[0] * len(self.needs.layers)] * 2)
+
+    @cached_property
+    def _empty(self) -> list[Breakdown]:
+        """What a token costs without any cache, by the number of guesses."""
+        works = [workload(self._replay, depth, most_slots=0) for depth in range(self.needs.top_k + 1)]
+        walks = [walk(work, self.needs.layers, self.costs, *table(self._nothing), itemised=True) for work in works]
+        return [breakdown(each, 0, self.costs) for each in walks]
+
+    @cached_property
+    def _streaming_s(self) -> float:
+        """For which the link is busy at least when all that a token uses travels: none is faster without a cache."""
+        uses = [tokens.uses.mean() for tokens in self._works[self._depths[0]].layers]
+        sizes = [record_stride(layer) for layer in self.needs.layers]
+        return float(np.dot(uses, sizes)) / self.costs.link_bytes_per_s
+
+    @cached_property
+    def _hits(self) -> list[NDArray[np.float64]]:
         """Of a token, per layer with 0 to num_experts slots."""
-        return [tokens.hits.mean(axis=1) for tokens in self._work(depth).layers]
+        return [tokens.hits.mean(axis=1) for tokens in self._works[self._depths[0]].layers]
 
     def _work(self, depth: int) -> Workload:
         if depth not in self._works:
@@ -258,10 +285,8 @@ class Outlook:
     @cached_property
     def _frontier(self) -> Frontier:
         settings, needs = self.settings, self.needs
-        depth = needs.top_k if _predictor(settings) != "none" else 0
-        depths = [depth, 0] if depth and settings.prefetch == "auto" else [depth]
         rows = None if settings.split is None else [top_rows(layer, settings.split) for layer in needs.layers]
-        works, room = [self._work(depth) for depth in depths], _room(settings, needs, self.largest)
+        works, room = [self._works[depth] for depth in self._depths], _room(settings, needs, self.largest)
         return frontier(works, needs.layers, self.costs, max(0, room), rows, self.steps_per_layer)
 
 

@@ -1,6 +1,6 @@
 """The engine without tensors: caches, staging and the order of computation of `residency`, over a simulated link.
 
-`simulator` drives it token by token. It takes the same decisions as `residency.Step` in the same order and asks the
+`simulator` drives it token by token. It takes the same decisions as `step.Step` in the same order and asks the
 same policies and predictors; the methods bear the names of what they mirror, and a test compares both use by use.
 Where the engine waits, the simulated clock moves on. Decode only. Keeps counters and, when asked, rows of EVENT.
 """

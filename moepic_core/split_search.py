@@ -24,7 +24,7 @@ WINDOWS = np.array((0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1))  # of the time t
 
 
 class Best(NamedTuple):
-    """A layer's answer to budgets of 0, 1, 2 … steps."""
+    """A layer's answers to budgets of 0, 1, 2 … steps: [cases, steps + 1]."""
 
     seconds: Array  # of computing and stalling, never rising
     slots: NDArray[np.int64]
@@ -54,18 +54,24 @@ class LayerOptions:
         guess_s = costs.layers[number].guess_s if work.depth else 0.0
         self.windows = WINDOWS * work.depth * size.miss_link_s.max() if work.depth else np.zeros(1)
         seconds = _expected(size, guess_s, costs, work.layers[number], self.windows)
-        self.seconds = _interpolated(seconds, columns, layer.neurons, self.rows)
+        # Nobody asks the router of a layer whose experts are all resident.
+        seconds[:, -1, columns == layer.neurons] -= costs.layers[number - 1].guess_s if work.depth else 0.0
+        self.seconds = _interpolated(seconds, columns, layer.neurons, self.rows)  # [windows, budgets, slots]
 
     def best(self, windows_s: Array) -> Best:
-        """The best of every budget, when tokens leave these windows; the fewest slots among equals."""
-        seconds = np.tensordot(_weights(self.windows, windows_s), self.seconds, axes=1)  # [budgets, slots]
-        seconds[self.rows < 0] = np.inf
-        slots = seconds.argmin(axis=1)
-        budgets = np.arange(len(slots))
-        least = seconds[budgets, slots]
+        """The best of every budget in cases when tokens leave these windows [cases, tokens]; the fewest slots among
+        equals.
+        """
+        shares = _weights(self.windows, windows_s)
+        seconds = (shares @ self.seconds.reshape(len(self.windows), -1)).reshape(-1, *self.rows.shape)
+        seconds[:, self.rows < 0] = np.inf
+        slots = seconds.argmin(axis=2)  # [cases, budgets]
+        least = seconds.min(axis=2)
         # A larger budget may leave some unused.
-        source = np.maximum.accumulate(np.where(least <= np.minimum.accumulate(least), budgets, 0))
-        return Best(least[source], slots[source], self.rows[source, slots[source]])
+        budgets = np.arange(slots.shape[1])
+        source = np.maximum.accumulate(np.where(least <= np.minimum.accumulate(least, axis=1), budgets, 0), axis=1)
+        slots = np.take_along_axis(slots, source, 1)
+        return Best(np.take_along_axis(least, source, 1), slots, self.rows[source, slots])
 
 
 def _filling_rows(layer: MoeLayer, step_bytes: int, num_steps: int) -> NDArray[np.int64]:
@@ -133,11 +139,16 @@ def _interpolated(seconds: Array, columns: NDArray[np.int64], neurons: int, rows
 
 
 def _weights(grid: Array, values: Array) -> Array:
-    """Shares of the grid's points in the mean of a function that is linear between them, over `values`."""
-    place = np.interp(values, grid, np.arange(len(grid)))
-    low = place.astype(int)
+    """Shares [cases, grid] of the grid's points in the means of a function that is linear between them, over `values`
+    [cases, any].
+    """
+    cases, size = np.arange(len(values))[:, None], len(grid)
+    place = np.interp(values, grid, np.arange(size))
+    low = np.minimum(place.astype(int), max(0, size - 2))
     part = place - low
-    weights = np.bincount(low, weights=1 - part, minlength=len(grid) + 1)
-    weights += np.bincount(low + 1, weights=part, minlength=len(grid) + 1)
-    shares: Array = weights[: len(grid)] / len(values)
+    index = cases * size + low
+    weights = np.bincount(index.ravel(), weights=(1 - part).ravel(), minlength=len(values) * size)
+    if size > 1:
+        weights += np.bincount((index + 1).ravel(), weights=part.ravel(), minlength=len(values) * size)
+    shares: Array = weights.reshape(-1, size) / values.shape[1]
     return shares

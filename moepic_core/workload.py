@@ -121,8 +121,10 @@ def assumed_trace(num_experts: Sequence[int], top_k: int) -> RoutingTrace:
     )  # fmt: skip
 
 
-def workload(known: Replay, depth: int) -> Workload:
-    """The sampled tokens of a replay, with the first `depth` guesses of each list."""
+def workload(known: Replay, depth: int, most_slots: int | None = None) -> Workload:
+    """The sampled tokens of a replay, with the first `depth` guesses of each list, for all numbers of slots or only
+    those up to `most_slots`.
+    """
     trace, (expert_ranks, guess_ranks) = known.trace, known.ranks
     start = int(WARM_UP * trace.num_tokens)
     num_tokens = min(max(128, SAMPLE // len(trace.num_experts)), 384)
@@ -133,27 +135,28 @@ def workload(known: Replay, depth: int) -> Workload:
     right, guessed = same.any(axis=3), same.any(axis=2)
     wrong, skew = made & ~right, _skew(right, made)
     expert_ranks, guess_ranks = expert_ranks[tokens], guess_ranks[tokens, :, :depth]
+    limits = [count if most_slots is None else min(count, most_slots) for count in trace.num_experts]
     layers = [
         LayerTokens(
-            hits=_below(expert_ranks[:, layer], used[:, layer], num_experts),
-            guessed_hits=_below(expert_ranks[:, layer], guessed[:, layer], num_experts),
-            wrong_hits=_below(guess_ranks[:, layer], wrong[:, layer], num_experts),
+            hits=_below(expert_ranks[:, layer], used[:, layer], limit),
+            guessed_hits=_below(expert_ranks[:, layer], guessed[:, layer], limit),
+            wrong_hits=_below(guess_ranks[:, layer], wrong[:, layer], limit),
             uses=used[:, layer].sum(axis=1, dtype=np.int16),
             right=right[:, layer].sum(axis=1, dtype=np.int16),
             wrong=wrong[:, layer].sum(axis=1, dtype=np.int16),
             skew=skew[:, layer],
         )
-        for layer, num_experts in enumerate(trace.num_experts)
+        for layer, limit in enumerate(limits)
     ]
     return Workload(min(depth, trace.guesses.shape[2]), tuple(layers))
 
 
-def _below(rank: Counts, counted: NDArray[np.bool_], num_experts: int) -> Counts:
-    """How many of a token's ranks [tokens, any] are below C, for C from 0 to num_experts: [num_experts + 1, tokens]."""
+def _below(rank: Counts, counted: NDArray[np.bool_], most: int) -> Counts:
+    """How many of a token's ranks [tokens, any] are below C, for C from 0 to `most`: [most + 1, tokens]."""
     tokens = len(rank)
-    place = (rank.astype(int) + 1) * tokens + np.arange(tokens)[:, None]
-    counts = np.bincount(place[counted], minlength=(num_experts + 2) * tokens).reshape(-1, tokens)
-    return counts.cumsum(axis=0, dtype=np.int16)[: num_experts + 1]
+    place = (np.minimum(rank, most).astype(int) + 1) * tokens + np.arange(tokens)[:, None]
+    counts = np.bincount(place[counted], minlength=(most + 2) * tokens).reshape(-1, tokens)
+    return counts.cumsum(axis=0, dtype=np.int16)[: most + 1]
 
 
 def _skew(right: NDArray[np.bool_], made: NDArray[np.bool_]) -> Array:

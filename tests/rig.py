@@ -15,6 +15,7 @@ from moepic_core.packing import FusedLayout
 from moepic_core.planner import Needs, uniform_plan
 from moepic_core.residency import Residency
 from moepic_core.spec import ModelSpec, MoeLayer, Plan, Settings
+from moepic_core.step import Step
 from moepic_core.telemetry import Telemetry
 from moepic_core.transfer.base import Transfer
 
@@ -70,7 +71,7 @@ class Rig:
         """x `[tokens, hidden]`, routes and weights `[tokens, k]`: the layer's output, with a prefetch of the next."""
         counts = {int(expert): int((routes == expert).sum()) for expert in routes.unique()}
         total = PairSum(x, routes)
-        with self.residency.step(layer, counts) as step:
+        with Step(self.residency, layer, counts) as step:
             if guesses:
                 self.residency.prefetch((layer + 1) % NUM_LAYERS, guesses)
             for piece in step:

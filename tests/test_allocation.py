@@ -25,46 +25,45 @@ def exhaustive(curves: NDArray[np.float64], total: int) -> float:
     return min(cost(curves, np.array(choice)) for choice in choices if sum(choice) <= total)
 
 
-def nothing(curves: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.zeros(len(curves), np.int64)
-
-
 @pytest.mark.parametrize(
-    ("curves", "total", "allocation", "moves"),
+    ("curves", "allocations"),
     [
-        (CONVEX, 0, [0, 0, 0], 0),
-        (CONVEX, 1, [1, 0, 0], 1),
-        (CONVEX, 3, [2, 1, 0], 3),
-        (CONVEX, 12, [3, 4, 0], 7),  # the third layer gains nothing and gets nothing
-        (CLIFFS, 2, [0, 2, 0], 2),
-        (CLIFFS, 3, [3, 0, 0], 1),  # a jump of three
-        (CLIFFS, 5, [3, 2, 0], 3),
+        (CONVEX, {0: [0, 0, 0], 1: [1, 0, 0], 3: [2, 1, 0], 5: [3, 2, 0], 12: [3, 4, 0]}),  # the third gains nothing
+        (CLIFFS, {0: [0, 0, 0], 2: [0, 2, 0], 3: [3, 0, 0], 5: [3, 2, 0], 12: [3, 4, 4]}),  # all or nothing
+        (CONVEX[:1], {0: [0], 2: [2], 9: [3]}),
+        (CLIFFS[:1], {2: [0], 3: [3], 4: [3]}),
+        (CONVEX[2:], {0: [0], 4: [0]}),
     ],
 )
-def test_steps_go_where_they_help_most(
-    curves: NDArray[np.float64], total: int, allocation: list[int], moves: int
-) -> None:
-    found, num_moves = fixed_point(curves, nothing(curves), total)
-    assert (found.tolist(), num_moves) == (allocation, moves)
-    assert cost(curves, dynamic_program(curves, total)) == cost(curves, found) == exhaustive(curves, total)
+def test_steps_go_where_they_help_most(curves: NDArray[np.float64], allocations: dict[int, list[int]]) -> None:
+    found, _ = fixed_point(curves, np.array(list(allocations)))
+    assert found.tolist() == list(allocations.values())
+    for total, allocation in allocations.items():
+        assert dynamic_program(curves, total).tolist() == allocation
+        assert cost(curves, np.array(allocation)) == exhaustive(curves, total)
 
 
 @pytest.mark.parametrize(
-    ("start", "kind"),
-    [([0, 3, 0], "all from one"), ([1, 1, 1], "one from each"), ([2, 0, 1], "the last one")],
+    ("curves", "total", "start", "end"),
+    [
+        # Steepest first, the cliff does not fit; a wider move brings all steps of the second layer there.
+        ([[9.0, 9, 9, 0], [5, 1, 1, 0]], 3, [0, 1], [3, 0]),
+        # The better move takes the two steps that nobody has, and one of the first layer's two.
+        ([[8.0, 7, 0, 0], [11, 11, 10, 0.5]], 4, [2, 0], [1, 3]),
+        ([[8.0, 7, 0, 0], [7, 7, 7, 0.5]], 4, [2, 0], [2, 0]),
+    ],
 )
-def test_a_cliff_is_crossed_with_the_steps_of_others(start: list[int], kind: str) -> None:
-    found, _ = fixed_point(CLIFFS, np.array(start), 0)
-    assert found.tolist() == [3, 0, 0], kind
+def test_moves_cross_what_is_not_convex(
+    curves: list[list[float]], total: int, start: list[int], end: list[int]
+) -> None:
+    found, moves = fixed_point(np.array(curves), np.array([total]))
+    assert found.tolist() == [end]
+    assert (moves > 0) == (start != end)
+    assert cost(np.array(curves), found[0]) == exhaustive(np.array(curves), total)
 
 
-def test_one_layer_gives_its_steps_to_several() -> None:
-    curves = np.array([[4.0, 4, 4, 0], [9, 2, 2, 2], [9, 2, 2, 2], [9, 2, 2, 2]])
-    found, _ = fixed_point(curves, np.array([3, 0, 0, 0]), 0)
-    assert found.tolist() == [0, 1, 1, 1]
-
-
-falls = st.lists(st.lists(st.integers(0, 20), min_size=4, max_size=4), min_size=1, max_size=4)
+def falls(layers: int, steps: int = 4) -> st.SearchStrategy[list[list[int]]]:
+    return st.lists(st.lists(st.integers(0, 20), min_size=steps, max_size=steps), min_size=1, max_size=layers)
 
 
 def curves_of(steps: list[list[int]]) -> NDArray[np.float64]:
@@ -72,7 +71,7 @@ def curves_of(steps: list[list[int]]) -> NDArray[np.float64]:
     return np.concatenate((np.zeros((len(steps), 1)), -fallen), axis=1) + fallen[:, -1:]
 
 
-@given(falls, st.integers(0, 20))
+@given(falls(4), st.integers(0, 20))
 def test_the_dynamic_program_is_exact(steps: list[list[int]], total: int) -> None:
     curves = curves_of(steps)
     allocation = dynamic_program(curves, total)
@@ -80,23 +79,48 @@ def test_the_dynamic_program_is_exact(steps: list[list[int]], total: int) -> Non
     assert cost(curves, allocation) == exhaustive(curves, total)
 
 
-@given(falls, st.integers(0, 20))
+@given(falls(2, steps=7), st.lists(st.integers(0, 15), min_size=1, max_size=4))
+def test_moves_are_exact_for_two_layers(steps: list[list[int]], totals: list[int]) -> None:
+    """Any curves: where two layers could share better, one move brings them there."""
+    curves = curves_of(steps)
+    found, _ = fixed_point(curves, np.array(totals))
+    for total, allocation in zip(totals, found, strict=True):
+        assert allocation.sum() <= total
+        assert cost(curves, allocation) == exhaustive(curves, total)
+
+
+@given(falls(4), st.integers(0, 20))
+def test_moves_are_exact_where_each_step_helps_less_than_the_one_before(steps: list[list[int]], total: int) -> None:
+    curves = curves_of([sorted(own, reverse=True) for own in steps])
+    found, moves = fixed_point(curves, np.array([total]))
+    assert cost(curves, found[0]) == exhaustive(curves, total)
+    assert moves == 0, "the start is not the optimum"
+
+
+@given(falls(4), st.integers(0, 20))
 def test_a_fixed_point_cannot_be_improved_by_a_move(steps: list[list[int]], total: int) -> None:
     curves = curves_of(steps)
-    start = np.minimum(total // len(curves), 4) * np.ones(len(curves), np.int64)
-    found, _ = fixed_point(curves, start, total - int(start.sum()))
+    (found,), _ = fixed_point(curves, np.array([total]))
     assert 0 <= found.min() <= found.max() <= 4 and found.sum() <= total
-    for giver, receiver in itertools.permutations(range(len(curves)), 2):
-        for span in range(1, 5):
-            if found[giver] >= span and found[receiver] + span <= 4:
-                moved = found.copy()
-                moved[giver] -= span
-                moved[receiver] += span
+    free = total - int(found.sum())
+    for receiver, span in itertools.product(range(len(curves)), range(1, 5)):
+        for giver in range(len(curves)):
+            moved = found.copy()
+            moved[giver] -= max(0, span - free)
+            moved[receiver] += span
+            if moved.min() >= 0 and moved.max() <= 4 and moved.sum() <= total:
                 assert cost(curves, moved) >= cost(curves, found)
 
 
-@given(falls, st.integers(0, 20))
-def test_moves_are_exact_where_each_step_helps_less_than_the_one_before(steps: list[list[int]], total: int) -> None:
-    curves = curves_of([sorted(own, reverse=True) for own in steps])
-    found, _ = fixed_point(curves, nothing(curves), total)
-    assert cost(curves, found) == cost(curves, dynamic_program(curves, total))
+def test_random_cliffs_are_shared_almost_as_by_the_dynamic_program() -> None:
+    """200 cases of curves with a few high cliffs, far less convex than any model's: 1 % in all but a few."""
+    generator, excess = np.random.default_rng(0), []
+    for _ in range(200):
+        num_layers, width = int(generator.integers(3, 9)), int(generator.integers(3, 25))
+        heights = generator.exponential(1, (num_layers, width)) * (generator.random((num_layers, width)) < 0.3)
+        curves = heights.sum() / num_layers / 3 + heights[:, ::-1].cumsum(axis=1)[:, ::-1]
+        total = int(generator.integers(1, width * num_layers))
+        (found,), _ = fixed_point(curves, np.array([total]))
+        excess.append(cost(curves, found) / cost(curves, dynamic_program(curves, total)) - 1)
+    assert np.mean(excess) < 5e-4 and np.quantile(excess, 0.99) <= 0.01
+    assert max(excess) <= 0.02

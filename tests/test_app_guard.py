@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import re
 import socket
 import threading
 from collections.abc import Iterator
 
 import pytest
+from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
 from app.guard import HEADERS
@@ -111,3 +113,36 @@ def test_with_a_login_nothing_is_served_without_it(guarded: TestClient) -> None:
 def test_with_a_login_foreign_pages_still_change_nothing(guarded: TestClient) -> None:
     headers = {**basic("ann:sesame"), "Origin": "http://evil.example"}
     assert guarded.post("/gradio_api/queue/join", json={}, headers=headers).status_code == 403
+
+
+def own_routes(client: TestClient) -> list[tuple[str, str]]:
+    """(method, path) of every route of ours, whoever added it."""
+    routes = [route for route in client.app.routes if isinstance(route, APIRoute)]  # type: ignore[attr-defined]
+    found = [(method, re.sub(r"{[^}]*}", "x", route.path)) for route in routes for method in route.methods]
+    assert ("GET", "/ui/live") in found
+    assert ("DELETE", "/ui/conversations/x") in found
+    return found
+
+
+def test_every_route_of_ours_is_under_the_same_login(guarded: TestClient) -> None:
+    for method, path in own_routes(guarded):
+        assert guarded.request(method, path).status_code == 401, (method, path)
+
+
+def test_every_route_of_ours_refuses_foreign_names_and_pages(client: TestClient) -> None:
+    for method, path in own_routes(client):
+        assert client.request(method, path, headers={"Host": "evil.example"}).status_code == 421, (method, path)
+        if method != "GET":
+            foreign = client.request(method, path, headers={"Origin": "http://evil.example"})
+            assert foreign.status_code == 403, (method, path)
+
+
+def test_uploads_are_small_or_refused(client: TestClient) -> None:
+    upload = {"files": ("big.txt", b"x" * 2_000_000)}
+    assert client.post("/gradio_api/upload", files=upload).status_code == 413
+
+
+def test_no_function_of_the_page_has_a_name_for_programs(client: TestClient) -> None:
+    dependencies = client.get("/config").json()["dependencies"]
+    assert len(dependencies) > 10
+    assert {each["api_visibility"] for each in dependencies} == {"private"}

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from app import checkpoints, demo_checkpoint
-from app.main import first_settings
 from app.nouns import Look
+from app.settings_store import SettingsStore
 from app.state import State
 from moepic_core.engine import Engine
 from moepic_core.errors import BadCheckpoint, BadSettings, Cancelled, OutOfRoom
@@ -325,7 +325,7 @@ def test_a_demo_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_bundled_model_is_the_default_and_knows_its_facts() -> None:
-    settings = first_settings(None, device="cpu", link="emulated:2GB/s")
+    settings = SettingsStore(None, {"device": "cpu", "link": "emulated:2GB/s"}).of(checkpoints.default_name())
     assert settings.checkpoint == str(checkpoints.BUNDLED)
     state = loaded(State(settings))
     try:

@@ -1,4 +1,4 @@
-"""From looks and previews to words and numbers. No browser."""
+"""From looks to words and numbers. No browser."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from app import demo_checkpoint, terms, views
-from app.nouns import Loaded, Look, Notice, Preview, Progress
-from app.panels.budget import wanted_bytes, wanted_vram
+from app.nouns import Loaded, Look, Notice, Progress
 from moepic_core.links import parse_link
 from moepic_core.metrics import NUM_COUNTS, Counters, Reply, Scope, Snapshot
-from moepic_core.planner import Needs, budget_bytes
+from moepic_core.planner import Needs
 from moepic_core.spec import MachineProfile, ModelSpec, MoeLayer, Settings
-from moepic_core.verdict import judge
 
 GB = 10**9
 LAYERS = tuple(MoeLayer(number, 64, 768, 2048, 3, 2) for number in range(24))
@@ -30,16 +26,6 @@ SPEC = ModelSpec(
 )  # fmt: skip
 NEEDS = Needs(LAYERS, 8, resident=2 * GB, kv=400_000_000, workspace=200_000_000)
 CPU = MachineProfile("cpu", "CPU", 32 * GB, 24 * GB, 32 * GB, 24 * GB, 8)
-GPU = MachineProfile("cuda", "Card 12", 12 * GB, 11 * GB, 64 * GB, 50 * GB, 8)
-
-
-def preview(machine: MachineProfile = CPU, vram: str = "auto", link: str = "auto", **fields: Any) -> Preview:
-    settings = Settings.create(checkpoint="org/big", vram=vram, link=link)
-    made = Preview(settings, machine, parse_link(link, machine.device), SPEC, NEEDS)
-    verdict = judge(SPEC, NEEDS, machine, link)
-    if verdict.step != "will not run":
-        fields = {"budget_bytes": budget_bytes(vram, NEEDS, made.free_bytes), **fields}
-    return replace(made, verdict=verdict, **fields)
 
 
 def look(phase: str = "idle", reply: Reply | None = None, counts: tuple[int, ...] = (0,) * NUM_COUNTS,
@@ -118,70 +104,17 @@ def test_what_goes_live_is_json() -> None:
     assert live["notice"] == {"number": 3, "kind": "error", "text": "it <b>failed</b>"}
 
 
-@pytest.mark.parametrize(
-    ("machine", "step", "words"),
-    [
-        (CPU, "fits whole", "fits whole: "),
-        (GPU, "fits with offloading", "any budget from "),
-        (replace(GPU, device_free_bytes=GB), "will not run", "even without any cached expert it needs "),
-    ],
-)
-def test_the_model_card_says_whether_it_runs(machine: MachineProfile, step: str, words: str) -> None:
-    card = views.model_card(preview(machine))
-    assert card["step"] == step
-    assert words in card["verdict"]
-    assert ("Model", "qwen3_moe, 24 layers of 64 experts, 8 per token") in card["facts"]
-    assert ("Size", "8.2 B parameters, 1.9 B per token, 16.4 GB in bfloat16") in card["facts"]
-
-
-def test_a_checkpoint_that_is_not_here_yet() -> None:
-    absent = Preview(Settings.create(checkpoint="org/absent"), CPU, parse_link("auto", "cpu"))
-    assert views.model_card(absent)["step"] == "download"
-    assert views.budget_range(absent) is None
-
-
-@given(st.floats(0, 1), st.sampled_from([CPU, GPU]), st.sampled_from(["moepic", "on-demand", "mixtral-offloading"]))
-def test_the_memory_bar_adds_up_to_the_budget(part: float, machine: MachineProfile, strategy: str) -> None:
-    chosen = preview(machine)
-    chosen = replace(chosen, settings=chosen.settings.replace(strategy=strategy))
-    budget = NEEDS.smallest + int(part * (NEEDS.everything - NEEDS.smallest))
-    card = views.budget_card(chosen, budget, None)
-    assert sum(piece["share"] for piece in card["parts"]) == pytest.approx(card["share"])
-    assert all(piece["share"] >= 0 for piece in card["parts"])
-    assert [piece["kind"] for piece in card["parts"]] == [*views.MEMORY, "left"]
-    assert card["share"] == budget / NEEDS.everything
-    assert card["reason"].startswith(strategy)
-
-
-@given(st.integers(0, 12), st.floats(0.001, 1))
-def test_every_position_of_the_slider_is_a_budget_that_works(scale: int, free: float) -> None:
-    layers = tuple(replace(layer, neurons=2**scale) for layer in LAYERS)
-    needs = Needs(layers, 8, 1000, 1000, 1000)
-    machine = replace(CPU, device_free_bytes=int((needs.smallest + free * needs.everything) / 0.8))
-    settings = Settings.create(checkpoint="org/big")
-    fields = Preview(settings, machine, parse_link("disk", "cpu"), SPEC, needs)
-    chosen = replace(fields, budget_bytes=budget_bytes("auto", needs, fields.free_bytes))
-    numbers = views.budget_range(chosen)
-    assert numbers is not None
-    assert needs.smallest <= views.to_bytes(numbers.minimum) <= numbers.minimum + numbers.step * GB + needs.smallest
-    assert numbers.minimum <= numbers.value <= numbers.maximum
-    assert numbers.step <= (numbers.maximum - numbers.minimum) / 9
-    for value in (numbers.minimum, numbers.value, numbers.maximum):
-        chosen.plan(views.to_bytes(value))
-
-
-def test_the_end_of_the_slider_means_everything() -> None:
-    chosen = preview(CPU)
-    numbers = views.budget_range(chosen)
-    assert numbers is not None
-    assert wanted_vram(chosen, numbers.maximum) == "100%"
-    assert wanted_bytes(chosen, numbers.maximum) == NEEDS.everything
-    assert wanted_vram(chosen, 6.0) == wanted_bytes(chosen, 6.0) == 6 * GB
-    assert wanted_vram(chosen, 0.0) == NEEDS.smallest
-
-
-@pytest.mark.parametrize(
-    ("in_use", "state"), [(None, "used when you load"), (5 * GB, "release to apply"), (6 * GB, "in use")]
-)
-def test_the_bar_says_whether_it_is_in_force(in_use: int | None, state: str) -> None:
-    assert views.budget_card(preview(CPU), 6 * GB, in_use)["state"] == state
+def test_panels_ask_again_when_what_they_show_may_be_out_of_date() -> None:
+    before = look()
+    assert views.shown(before) == views.shown(look("decode"))
+    assert views.live(before)["shown"] == views.shown(before)
+    assert before.snapshot is not None
+    counters = replace(before.snapshot.session.decode, activations=np.full((1, 1), 1000))
+    session = Scope(before.snapshot.session.prefill, counters)
+    later = [
+        replace(before, loads=2),
+        replace(before, changes=1),
+        replace(before, snapshot=replace(before.snapshot, session=session)),
+        NOTHING,
+    ]
+    assert len({views.shown(each) for each in [before, *later]}) == 5

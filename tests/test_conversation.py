@@ -111,6 +111,7 @@ def test_versions_branches_and_what_stands_under_messages() -> None:
     assert rows[1]["note"] == "12.3 tokens/s · first token 0.26 s · 40 tokens"
     rows = conversation.rows(dataclasses.replace(whole, leaf=5))
     assert [row["note"] for row in rows] == ["", "longest answer reached", "", "no room"]
+    assert [row["failed"] for row in rows] == [False, False, False, True]
 
 
 # ---- files ----

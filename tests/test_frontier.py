@@ -55,7 +55,6 @@ def test_a_layers_best_split_is_that_of_exhaustive_search(window: int, ratio: fl
         assert best.slots[steps] * top_bytes(layer, int(best.rows[steps])) <= steps * step_bytes
 
 
-@pytest.mark.xfail(strict=False, reason="moves alone do not yet find the best of some toy cases")
 @pytest.mark.parametrize("ratio", [1, 3, 10])
 def test_small_models_are_planned_as_by_exhaustive_search(ratio: float) -> None:
     """Every number of slots and rows in each of two layers, at every level."""
@@ -74,19 +73,19 @@ def test_small_models_are_planned_as_by_exhaustive_search(ratio: float) -> None:
 
 
 def test_moves_come_within_a_hundredth_of_the_dynamic_program() -> None:
-    """Subproblem 2: 200 random models, from equal shares as the paper does, over the same curves."""
-    worst = 0.0
+    """Subproblem 2: 200 random models, over the same curves; almost none of them is convex."""
+    excess, num_convex = [], 0
     for seed in range(200):
         toy, generator = Toy(seed), np.random.default_rng(seed)
         curves = curves_of(toy, generator)
         total = int(generator.integers(1, curves.shape[1] * len(curves)))
-        start = np.full(len(curves), min(total // len(curves), curves.shape[1] - 1))
-        moved, _ = fixed_point(curves, start, total - int(start.sum()))
-        exact = dynamic_program(curves, total)
-        layers = np.arange(len(curves))
-        worst = max(worst, float(curves[layers, moved].sum() / curves[layers, exact].sum()) - 1)
+        (moved,), _ = fixed_point(curves, np.array([total]))
+        exact, layers = dynamic_program(curves, total), np.arange(len(curves))
+        excess.append(float(curves[layers, moved].sum() / curves[layers, exact].sum()) - 1)
+        num_convex += bool((np.diff(curves, 2, axis=1) >= -1e-9 * curves.max()).all())
         assert moved.sum() <= total
-    assert worst <= 0.01
+    assert max(excess) <= 0.01
+    assert num_convex < 20
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -21,13 +21,13 @@ LAYERS = {
     "words": "errors units costs spec links events",
     "thought": "geometry routing eviction hit_curves activation_matrices predictor trace metrics telemetry cost_fit "
     "workload cost_model split_search allocation shares frontier planner needs simulated_link simulated_layer "
-    "simulated_engine simulator presets synthetic verdict",
+    "simulated_engine simulator presets synthetic verdict ablation",
     "bytes": "folders safetensors_header shards model_config checkpoint lazy_tensors finder packing expert_math "
     "trace_file memory",
     "places": "transfer.base transfer.clocks transfer.ledger transfer.pinning transfer.thread transfer.cuda "
     "arena host_store device_cache staging calibrate",
-    "joint": "residency link_probe hf.loading hf.model hf.text hf.experts hf.probe steering assembly",
-    "whole": "engine calibration",
+    "joint": "residency step link_probe hf.loading hf.model hf.text hf.experts hf.probe steering assembly",
+    "whole": "engine calibration comparison",
     "door": "cli_planning cli __main__",
 }
 ORDER = [module for row in LAYERS.values() for module in row.split()]

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.browser
-pytest.importorskip("playwright", reason="no Playwright; install it with: pip install -r requirements-test.txt")
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+from pages import Pages, chromium, served  # noqa: E402
+from playwright.sync_api import Page, expect  # noqa: E402
 
-from app.main import Server, build_app  # noqa: E402
 from app.sensors import RecordedSource  # noqa: E402
 from app.state import State  # noqa: E402
 from moepic_core.spec import Settings  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 GB = 10**9
 CARD = {
     "gpu_name": "Card 12", "vram_used_bytes": 9 * GB, "vram_total_bytes": 12 * GB, "gpu_use": 0.45,
@@ -44,81 +40,59 @@ COLOURS = """canvas => {
 }"""
 
 
+# All texts that the tooltip shows while the pointer goes along the middle of a lane of the timeline.
+SWEEP = """(canvas, lane) => {
+  const box = canvas.getBoundingClientRect(), found = new Set();
+  const y = box.top + ((lane + 0.5) * (box.height - 14)) / 3;
+  for (let x = box.left + 63; x < box.right; x += 3) {
+    canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: y }));
+    const tip = document.querySelector("#tip");
+    if (tip && !tip.hidden) found.add(tip.innerText);
+  }
+  return [...found];
+}"""
+
+
+@pytest.fixture(scope="module")
+def pages() -> Iterator[Pages]:
+    with chromium() as pages:
+        yield pages
+
+
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEPIC_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
-        state = State(Settings.create(checkpoint="demo-random-moe", device="cpu", link="emulated:500MB/s", vram="50%"))
-        yield state
-        state.close()
+        patch.setattr("app.watch.CEILING_PERIOD_S", 0.3)
+        yield State(Settings.create(checkpoint="demo-random-moe", device="cpu", link="emulated:500MB/s", vram="50%"))
 
 
 @pytest.fixture(scope="module")
-def address(state: State, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(pages: Pages, state: State, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     recording = tmp_path_factory.mktemp("recording") / "card-12.jsonl"
     recording.write_text(json.dumps(CARD) + "\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    addresses: list[str] = []
-    ready = threading.Event()
-
-    def up(address: str) -> None:
-        addresses.append(address)
-        ready.set()
-
-    app = build_app(state, sensors=lambda: RecordedSource(recording))
-    server = Server(app, state, "127.0.0.1", port, up)
-    thread = threading.Thread(target=server.run, name="page")
-    thread.start()
-    assert ready.wait(60)
-    yield addresses[0]
-    server.should_exit = True
-    thread.join()
+    with served(state, sensors=lambda: RecordedSource(Path(recording))) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium; install it with: sudo apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def complaints() -> list[str]:
-    return []
-
-
-@pytest.fixture(scope="module")
-def open_page(browser: Browser, address: str, complaints: list[str]) -> Callable[..., Page]:
-    def is_foreign(url: str) -> bool:
-        return not url.startswith((address, "data:", "blob:"))
-
-    def open_page(width: int = 1440, height: int = 900, theme: str = "light") -> Page:
-        page = browser.new_context(viewport={"width": width, "height": height}).new_page()
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: complaints.append(request.url) if is_foreign(request.url) else None)
-        page.goto(f"{address}/?__theme={theme}")
-        expect(page.locator("[data-p=hardware] [data-t=device]")).to_have_text("Card 12", timeout=30_000)
-        return page
-
-    return open_page
-
-
-@pytest.fixture(scope="module")
-def page(open_page: Callable[..., Page]) -> Page:
-    return open_page()
+def page(pages: Pages, address: str) -> Page:
+    """One for all tests: opening one takes seconds."""
+    page = pages.open(address)
+    expect(page.locator("[data-p=hardware] [data-t=device]")).to_have_text("Card 12")
+    return page
 
 
 @pytest.fixture(autouse=True)
-def no_complaints(complaints: list[str]) -> Iterator[None]:
+def no_complaints(pages: Pages) -> Iterator[None]:
     yield
-    assert complaints == []
+    pages.check()
+
+
+def look_now(page: Page) -> None:
+    """Has the page ask the server at once, as after a click."""
+    page.evaluate("document.dispatchEvent(new Event('click'))")
 
 
 def colours(page: Page, name: str) -> int:
@@ -152,21 +126,21 @@ def test_hardware_of_a_recorded_card(page: Page) -> None:
 def test_an_answer_fills_every_panel(page: Page, state: State) -> None:
     state.load(state.settings)
     state.wait()
-    expect(page.locator("[data-live=status]")).to_have_text("ready", timeout=30_000)
+    look_now(page)
+    expect(page.locator("[data-live=status]")).to_have_text("ready")
     expect(value(page, "slots", "layers")).to_have_text(re.compile(r"\d+ to \d+"))
     expect(value(page, "memory", "hardware")).to_have_text("16 GB of 32 GB")
     expect(page.locator(".device .bar")).to_have_attribute(
         "aria-label", re.compile("^RAM, 16 GB of 32 GB used: .*Budget")
     )
     expect(page.locator("[data-c=layers]")).to_have_attribute("aria-label", "Hits per layer, last reply: nothing yet")
-    answer = state.reply([{"role": "user", "content": "why?"}], 0.0, 1.0, 40, lambda: False)
-    next(answer)
-    expect(value(page, "token", "token")).to_have_text(re.compile(r"[\d.]+ ms"), timeout=60_000)
-    list(answer)
+    list(state.reply([{"role": "user", "content": "why?"}], 0.0, 1.0, 40, lambda: False))
+    look_now(page)
+    expect(value(page, "token", "token")).to_have_text(re.compile(r"[\d.]+ ms"))
     for panel, names in {"layers": ("hits", "partial", "misses"), "token": ("overlap", "accuracy")}.items():
         for name in names:
             expect(value(page, name, panel)).to_have_text(re.compile(r"\d+ %"))
-    expect(value(page, "ceiling", "layers")).to_have_text(re.compile(r"\d+ %"), timeout=60_000)
+    expect(value(page, "ceiling", "layers")).to_have_text(re.compile(r"\d+ %"))
     expect(value(page, "worst", "layers")).to_have_text(re.compile(r"\d, \d, \d"))
     expect(value(page, "speed", "speed")).to_have_text(re.compile(r"[\d.]+"))
     assert all(colours(page, name) >= wanted for name, wanted in zip(PICTURES, (1, 3, 1, 6, 3), strict=True))
@@ -209,17 +183,9 @@ def test_pictures_answer_the_pointer(page: Page) -> None:
         position={"x": page.locator("[data-c=speed]").bounding_box()["width"] - 2, "y": 20}
     )  # type: ignore[index]
     expect(tip).to_contain_text("tokens/s")
-    # Along the middle of the prefetch lane there is a transfer somewhere.
-    box = page.locator("[data-c=token]").bounding_box()
-    assert box is not None
-    seen = set()
-    for x in range(64, int(box["width"]), 4):
-        page.mouse.move(box["x"] + x, box["y"] + (box["height"] - 14) / 2)
-        if tip.is_visible():
-            seen.add(tip.inner_text())
-    assert any(
-        re.search(r"Layer \d, expert \d+\s+(top|bottom) segment, demand load: .* ms\s+[\d.]+ kB", text) for text in seen
-    ), seen
+    demands = page.locator("[data-c=token]").evaluate(SWEEP, 1)
+    wanted = re.compile(r"Layer \d, expert \d+\s+(top|bottom) segment, demand load: .* ms\s+[\d.]+ kB")
+    assert any(wanted.search(text) for text in demands), demands
     page.mouse.move(5, 5)
     expect(tip).to_be_hidden()
 
@@ -244,27 +210,13 @@ def test_every_figure_explains_itself(page: Page, address: str) -> None:
 def test_a_server_that_is_gone_leaves_what_was_shown(page: Page) -> None:
     shown = value(page, "token", "token").inner_text()
     page.route("**/ui/live*", lambda route: route.fulfill(status=204))
+    look_now(page)
     expect(page.locator("[data-live=status]")).to_have_text("server not reachable")
     expect(page.locator(".see.lost")).to_be_visible()
     expect(value(page, "token", "token")).to_have_text(shown)
     page.unroute("**/ui/live*")
-    expect(page.locator(".see.lost")).to_have_count(0, timeout=10_000)
-
-
-@pytest.mark.parametrize(("size", "theme"), [((1440, 900), "dark"), ((390, 844), "light"), ((390, 844), "dark")])
-def test_nothing_scrolls_sideways_and_pictures_fit(
-    open_page: Callable[..., Page], size: tuple[int, int], theme: str
-) -> None:
-    page = open_page(*size, theme)
-    expect(value(page, "token", "token")).to_have_text(re.compile("ms"))
-    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
-    for name in PICTURES:
-        assert colours(page, name) >= 1
-        box = page.locator(f"[data-c={name}]").bounding_box()
-        assert box is not None
-        assert box["width"] > 150
-        assert box["height"] > 30
-    page.context.close()
+    look_now(page)
+    expect(page.locator(".see.lost")).to_have_count(0)
 
 
 def test_the_engine_s_column_needs_no_scrolling(page: Page) -> None:
@@ -273,3 +225,20 @@ def test_the_engine_s_column_needs_no_scrolling(page: Page) -> None:
       return [Math.max(...panels.map(panel => panel.getBoundingClientRect().bottom)), innerHeight];
     }""")
     assert heights[0] <= heights[1]
+
+
+@pytest.mark.parametrize(("size", "is_dark"), [((1440, 900), True), ((390, 844), True), ((390, 844), False)])
+def test_nothing_scrolls_sideways_and_pictures_fit(page: Page, size: tuple[int, int], is_dark: bool) -> None:
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    before = page.locator("[data-c=heat]").evaluate("canvas => canvas.toDataURL()")
+    if page.evaluate("document.body.classList.contains('dark')") != is_dark:
+        page.locator("button.theme").click()
+        page.wait_for_function("(before) => document.querySelector('[data-c=heat]').toDataURL() !== before", arg=before)
+    page.wait_for_function("(width) => document.querySelector('[data-c=heat]').clientWidth < width", arg=size[0])
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    for name in PICTURES:
+        assert colours(page, name) >= 1
+        box = page.locator(f"[data-c={name}]").bounding_box()
+        assert box is not None
+        assert box["width"] > 150
+        assert box["height"] > 30

@@ -4,6 +4,7 @@ behind.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from null_transfer import NullTransfer
 from rig import NUM_EXPERTS, NUM_LAYERS, Rig, inputs
 
 from moepic_core.errors import Cancelled, TransferFailed
+from moepic_core.step import Piece, Step
 from moepic_core.trace import EventKind, Outcome, Part
 
 
@@ -153,19 +155,25 @@ def test_a_transfer_that_always_fails_ends_the_step_and_leaves_everything_usable
     )
 
 
+def stopped_pieces(rig: Rig, step: Step) -> Iterator[Piece]:
+    """The pieces of a step during which the user stops."""
+    with step:
+        rig.stopped = True
+        yield from step
+
+
 def test_a_stop_while_waiting_cancels_and_cleans_up() -> None:
     rig = Rig(room_records=2)
     x, routes, weights = inputs(1, 0)
     rig.residency.begin_pass(1)
-    step = rig.residency.step(0, {int(expert): 1 for expert in routes[0]})
-    rig.stopped = True
-    with pytest.raises(Cancelled), step:
-        list(step)
+    step = Step(rig.residency, 0, {int(expert): 1 for expert in routes[0]})
+    with pytest.raises(Cancelled):
+        list(stopped_pieces(rig, step))
     rig.residency.check()
     assert not rig.residency.staging.demands
     assert rig.transfer.counters().cancelled > 0
-    with pytest.raises(Cancelled):
-        rig.residency.step(0, {0: 1})
+    with pytest.raises(Cancelled), Step(rig.residency, 0, {0: 1}):
+        pass
     rig.stopped = False
     rig.run(0, x, routes, weights)
 
@@ -235,7 +243,7 @@ class Books(RuleBasedStateMachine):
         self.rig.residency.begin_pass(tokens)
         counts = {int(expert): 1 for expert in routes.unique()}
         try:
-            with self.rig.residency.step(layer, counts) as step:
+            with Step(self.rig.residency, layer, counts) as step:
                 for number, _ in enumerate(step):
                     self.rig.stopped = number == pieces
                     if self.rig.stopped:

@@ -18,6 +18,7 @@ from moepic_core.routing import RoutingTrace
 from moepic_core.simulated_engine import SimulatedEngine
 from moepic_core.simulator import Simulation, simulate
 from moepic_core.spec import LayerPlan, MemoryPlan, Plan
+from moepic_core.step import Step
 from moepic_core.trace import EventKind, Part
 
 LAYERS = model_spec().moe_layers  # 40 neurons, a record of 16 KiB: 4 alignment units
@@ -81,7 +82,7 @@ def by_residency(
             residency.begin_reply()
         residency.begin_pass(1)
         for layer, used in enumerate(experts):
-            with residency.step(layer, {expert: 1 for expert in used if expert >= 0}) as step:
+            with Step(residency, layer, {expert: 1 for expert in used if expert >= 0}) as step:
                 after = (layer + 1) % NUM_LAYERS
                 if residency.wants_guesses(after):
                     ranked = following[layer] if residency.matrices is None else residency.matrices.rank(after)

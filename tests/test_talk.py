@@ -56,6 +56,11 @@ class FakeState:
         yield Answer("".join(self.texts), reason="stop", figures=FIGURES)
 
 
+@pytest.fixture(autouse=True)
+def every_update_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(talk_module, "DRAW_S", 0.0)
+
+
 def make(*texts: str, error: Exception | None = None) -> Talk:
     return Talk(Store(), FakeState(*texts, error=error))  # type: ignore[arg-type]
 
@@ -133,6 +138,16 @@ def test_a_growing_answer_is_on_disk_and_a_closed_tab_keeps_it(monkeypatch: pyte
     _, beside = talk.view(json.loads(beside)["id"])
     assert notes(beside)[-1] == "unfinished"
     assert json.loads(beside)["rows"][-1]["continues"]
+
+
+def test_below_a_long_conversation_an_answer_is_drawn_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = make(*(f"{count} " for count in range(30)))
+    beside = talk.send("Count", "{}", SETTINGS)[2]
+    assert len(list(talk.answer(beside, SETTINGS, threading.Event()))) == 34
+    monkeypatch.setattr(talk_module, "DRAW_S", 60.0)
+    beside = talk.send("And again", beside, SETTINGS)[2]
+    (view,) = talk.answer(beside, SETTINGS, threading.Event())
+    assert said(view[0])[-1] == said(view[0])[-3] == "".join(talk.state.texts)  # type: ignore[attr-defined]
 
 
 def test_stop_keeps_what_there_is_and_the_next_question_works() -> None:

@@ -18,12 +18,13 @@ def toy_trace(
     experts, guesses = np.empty((2, tokens, layers, top_k), np.int16)
     for layer in range(layers):
         weights = generator.permutation((1 + np.arange(num_experts)) ** -generator.uniform(0, 2))
-        for token in range(tokens):
-            used = generator.choice(num_experts, top_k, False, weights / weights.sum())
-            others = generator.permutation(np.setdiff1d(np.arange(num_experts), used))[:top_k]
-            others = np.pad(others, (0, top_k - len(others)), constant_values=-1)
-            experts[token, layer] = used
-            guesses[token, layer] = np.where(generator.random(top_k) < accuracy, used, others)
+        # The smallest of exponential variables over weights are draws without replacement.
+        order = (generator.standard_exponential((tokens, num_experts)) / weights).argsort(axis=1)
+        used, others = order[:, :top_k], np.full((tokens, top_k), -1)
+        unused = order[:, top_k : 2 * top_k]
+        others[:, : unused.shape[1]] = unused
+        experts[:, layer] = used
+        guesses[:, layer] = np.where(generator.random(used.shape) < accuracy, used, others)
     return RoutingTrace(
         experts, guesses, (num_experts,) * layers, np.zeros(tokens, np.int32), np.zeros(tokens, np.int16), ("",), "toy"
     )

@@ -21,6 +21,10 @@ def build() -> None:
               <p class="pill" role="status"><i aria-hidden="true"></i><span data-live="status">connecting …</span></p>
               <dl class="figures" aria-label="Live figures of the last reply">{figures}</dl>
               <p class="chip" data-live="link" title="These numbers were measured over it" hidden></p>
+              <div class="tools">
+                <button type="button" data-explore="helping">Is it helping?</button>
+                <button type="button" data-explore="timeline">Explore</button>
+              </div>
               <button type="button" class="theme" aria-label="Switch between light and dark">◐</button>
             </header>
             <p class="strip" data-live="warning" hidden></p>

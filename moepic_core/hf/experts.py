@@ -17,6 +17,7 @@ from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 from ..expert_math import Combine, ExpertMath, PairSum
 from ..residency import Residency
 from ..spec import MoeLayer
+from ..step import Step
 from .loading import layout_of
 
 _NAME = "moepic"
@@ -44,7 +45,7 @@ class ExpertLayer:
         else:
             pairs, counts = self._pairs_of_many(top_k_index)
         total = PairSum(hidden_states, top_k_index)
-        with residency.step(self.position, counts) as step:
+        with Step(residency, self.position, counts) as step:
             self._prefetch_next(residency, hidden_states)
             inputs: dict[int, Tensor] = {}
             only = self.math.prepare(hidden_states) if residency.decode else hidden_states

@@ -1,0 +1,271 @@
+"""One MoE layer of one pass: what the residency lacks is demanded at once, and computed in the order of readiness.
+
+The adapter opens a `Step` per layer and computes the pieces that it hands out: resident segments first, then each
+arriving one as its tickets complete. Slots, buffers, policies and counters are the residency's; the step knows which of
+them serve which expert, and gives all back whatever happens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .device_cache import Slot, SlotState
+from .errors import Cancelled
+from .packing import rows_of
+from .residency import Residency
+from .staging import StagingBuffer
+from .trace import EventKind, Outcome, Part
+from .transfer.base import Priority, Ticket
+
+
+class Piece(NamedTuple):
+    """One segment, ready to compute with."""
+
+    expert: int
+    start_row: int
+    weights: Tensor  # [rows, matrices, hidden]
+
+
+class _Need:
+    """One needed expert while its layer runs."""
+
+    __slots__ = ("expert", "left", "slot", "staged", "top_ticket", "was_guess")
+
+    def __init__(self, expert: int) -> None:
+        self.expert = expert
+        self.slot: Slot | None = None
+        self.staged: StagingBuffer | None = None
+        self.top_ticket: Ticket | None = None  # of a demand that travels straight into the slot
+        self.was_guess = False
+        self.left = 0  # pieces not computed yet
+
+
+class _Part(NamedTuple):
+    need: _Need
+    start_row: int
+    tickets: Sequence[Ticket]  # all must be done before its weights may be read
+
+    def arrived(self) -> bool:
+        return all(ticket.done for ticket in self.tickets)
+
+
+class Step:
+    """A context manager that iterates over the layer's pieces."""
+
+    def __init__(self, residency: Residency, layer: int, counts: Mapping[int, int]) -> None:
+        """`counts` are the experts that the layer needs, each with the number of tokens routed to it."""
+        self.residency = residency
+        self.layer = layer
+        self.cache = residency.caches[layer]
+        self.open: dict[int, _Need] = {}
+        self._protected: Collection[int] = counts if residency.decode else self.open
+        self._ready: deque[_Part] = deque()
+        self._arriving: list[_Part] = []
+        self._waiting: deque[_Need] = deque()  # for a staging buffer
+        self._counts = counts
+        self._start_s = time.perf_counter()
+
+    def __enter__(self) -> Step:
+        if self.residency.cancelled():
+            raise Cancelled("stopped by the user")
+        try:
+            self._begin(self._counts)
+        except BaseException:
+            self._abandon_all()
+            raise
+        return self
+
+    def __iter__(self) -> Iterator[Piece]:
+        while self._ready or self._arriving:
+            need, start_row, _ = part = self._next()
+            piece = Piece(need.expert, start_row, self._weights(part))
+            start_s = time.perf_counter()
+            yield piece
+            self._computed(piece, start_s)
+            need.left -= 1
+            if need.left == 0 and need not in self._waiting:
+                self._finish(need)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """After an error or a stop: nothing stays half-arrived, and every buffer is free again."""
+        assert kind is not None or not self.open, sorted(self.open)
+        self._abandon_all()
+        telemetry, token = self.residency.telemetry, self.residency.token
+        telemetry.event(EventKind.STEP, self.layer, -1, Part.WHOLE, self._start_s, time.perf_counter(), 0, token)
+
+    def _begin(self, counts: Mapping[int, int]) -> None:
+        residency, layer = self.residency, self.layer
+        residency.wishes.clear()  # this layer is here: what was wished for it is demanded now or was wrong
+        policy = residency.policies[layer]
+        for expert, count in counts.items():
+            policy.touch(expert, residency.token, count)
+        for guessed_layer, expert in list(residency.staging.guesses):
+            if guessed_layer == layer and expert not in counts:
+                residency.drop_guess(residency.staging.guesses[layer, expert])
+        guesses = residency.predictor.observe(layer, counts) if residency.decode else ()
+        if residency.matrices is not None and residency.decode:
+            residency.matrices.observe(layer, counts)
+        outcomes = [self._classify(expert) for expert in counts]
+        residency.telemetry.layer_step(layer, residency.token, list(counts), outcomes, list(counts.values()), guesses)
+        for need in list(self.open.values()):
+            self._demand(need)
+
+    def _classify(self, expert: int) -> Outcome:
+        """Registers the need, takes what is already on the device, and says how much that is."""
+        staging, cache = self.residency.staging, self.cache
+        need = self.open[expert] = _Need(expert)
+        whole = cache.geometry.neurons
+        need.slot = cache.find(expert)
+        if need.slot is not None:
+            cache.use(need.slot)
+        top_here, bottom_here = need.slot is not None or cache.top_rows == 0, cache.top_rows == whole
+        guess = staging.find_guess(self.layer, expert)
+        if guess is not None:
+            staging.guess_came_true(guess)
+            need.staged, need.was_guess = guess, True
+            top_here = top_here or (guess.top is not None and guess.top.done)
+            bottom_here = bottom_here or all(ticket.done for ticket in guess.tickets())
+            for ticket in guess.tickets():
+                if not ticket.done:
+                    self.residency.transfer.promote(ticket)
+        if top_here and bottom_here:
+            return Outcome.HIT
+        return Outcome.PARTIAL if top_here and cache.top_rows > 0 else Outcome.MISS
+
+    def _demand(self, need: _Need) -> None:
+        """Starts what is missing, tops first, and queues the need's pieces."""
+        residency, rows, whole = self.residency, self.cache.top_rows, self.cache.geometry.neurons
+        top_missing = rows > 0 and need.slot is None and (need.staged is None or need.staged.top is None)
+        assert not (top_missing and need.staged), f"a guess of expert {need.expert} lacks its top"
+        if top_missing and residency.decode:
+            need.slot = residency.room_for_top(self.layer, need.expert, self._protected)
+            if need.slot is not None:
+                need.top_ticket = residency.load_top(self.layer, need.slot)
+                top_missing = False
+        if need.slot is not None:
+            self._queue(need, 0, () if need.top_ticket is None else (need.top_ticket,))
+        if need.staged is not None:
+            self._queue_staged(need)
+        elif top_missing or rows < whole:
+            self._stage(need, with_top=top_missing)
+
+    def _stage(self, need: _Need, with_top: bool) -> None:
+        """Demands into a staging buffer; a guess gives its buffer up, and without any the need waits for its own
+        kind.
+        """
+        staging = self.residency.staging
+        if not staging.free and staging.guesses:
+            self.residency.drop_guess(next(reversed(staging.guesses.values())))
+        need.staged = staging.take_demand(self.layer, need.expert)
+        if need.staged is None:
+            self._waiting.append(need)
+            return
+        self.residency.load(need.staged, Priority.DEMAND, with_top)
+        self._queue_staged(need)
+
+    def _queue_staged(self, need: _Need) -> None:
+        assert need.staged is not None
+        if need.staged.top is not None and need.slot is None:
+            self._queue(need, 0, (need.staged.top,))
+        if self.cache.top_rows < self.cache.geometry.neurons:
+            self._queue(need, self.cache.top_rows, need.staged.tickets())
+
+    def _queue(self, need: _Need, start_row: int, tickets: Sequence[Ticket]) -> None:
+        need.left += 1
+        if tickets:
+            self._arriving.append(_Part(need, start_row, tickets))
+        else:
+            self._ready.append(_Part(need, start_row, tickets))
+
+    def _next(self) -> _Part:
+        """The next piece whose data is here; waits (and counts a stall) only when nothing is."""
+        if self._ready:
+            return self._ready.popleft()
+        position = next((place for place, part in enumerate(self._arriving) if part.arrived()), 0)
+        part = self._arriving[position]
+        start_s = time.perf_counter()
+        stalled_s = sum(ticket.wait(self.residency.cancelled) for ticket in part.tickets)
+        if stalled_s > 0:
+            telemetry, token = self.residency.telemetry, self.residency.token
+            telemetry.event(EventKind.STALL, self.layer, -1, Part.WHOLE, start_s, start_s + stalled_s, 0, token)
+        del self._arriving[position]
+        slot = part.need.slot
+        if slot is not None and slot.state is SlotState.ARRIVING and part.start_row == 0:
+            self.cache.arrived(slot)
+        return part
+
+    def _weights(self, part: _Part) -> Tensor:
+        need, geometry, rows = part.need, self.cache.geometry, self.cache.top_rows
+        if part.start_row == 0 and need.slot is not None:
+            return need.slot.weights
+        assert need.staged is not None
+        stop_row = rows if part.start_row == 0 and rows > 0 else geometry.neurons
+        return rows_of(need.staged.buffer, geometry, self.residency.dtype, part.start_row, stop_row)
+
+    def _computed(self, piece: Piece, start_s: float) -> None:
+        """The caller came back for the next piece: it computed `piece` from `start_s` until now."""
+        if self.residency.precise:
+            self.residency.transfer.fence().wait()
+        now_s, num_rows = time.perf_counter(), piece.weights.shape[0]
+        part = Part.TOP if piece.start_row == 0 else Part.BOTTOM
+        if num_rows == self.cache.geometry.neurons:
+            part = Part.WHOLE
+        self.residency.telemetry.event(
+            EventKind.COMPUTE, self.layer, piece.expert, part, start_s, now_s, 0, self.residency.token
+        )
+
+    def _finish(self, need: _Need) -> None:
+        """The expert is computed: its slot may be evicted again, its buffer serves the next."""
+        residency = self.residency
+        del self.open[need.expert]
+        fence = residency.transfer.fence()
+        if need.slot is not None:
+            self.cache.release(need.slot, fence)
+        if need.staged is not None:
+            if need.slot is None and need.staged.top is not None:
+                self._admit(need.staged)
+                fence = residency.transfer.fence()
+            if need.was_guess:
+                residency.count_prefetched(EventKind.USED, need.staged)
+            residency.staging.give_back(need.staged, fence)
+        if self._waiting and residency.staging.free:
+            waiting = self._waiting.popleft()
+            self._stage(waiting, with_top=waiting.slot is None and self.cache.top_rows > 0)
+        elif not self._waiting:
+            residency.place_wishes()
+
+    def _admit(self, staged: StagingBuffer) -> None:
+        """Copies a newcomer's top from staging into a slot, on the device, if the policy gives it one."""
+        slot = self.residency.room_for_top(self.layer, staged.expert, self._protected)
+        if slot is not None:
+            slot.buffer.copy_(staged.buffer[: slot.buffer.numel()])
+            self.cache.arrived(slot)
+            self.cache.release(slot, self.residency.transfer.fence())
+
+    def _abandon_all(self) -> None:
+        for need in list(self.open.values()):
+            self._abandon(need)
+
+    def _abandon(self, need: _Need) -> None:
+        residency = self.residency
+        del self.open[need.expert]
+        fence = residency.transfer.fence()
+        if need.slot is not None and need.slot.state is SlotState.ARRIVING:
+            assert need.top_ticket is not None
+            residency.transfer.cancel(need.top_ticket)
+            need.top_ticket.settle()
+            self.cache.forget(need.slot)
+        elif need.slot is not None:
+            self.cache.release(need.slot, fence)
+        if need.staged is not None:
+            for ticket in need.staged.tickets():
+                residency.transfer.cancel(ticket)
+            residency.staging.give_back(need.staged, fence)

@@ -1,0 +1,98 @@
+"""Plans from measured costs: never worse than without a configurator, and what must not change them for the worse."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_routing import Toy
+
+from moepic_core.cost_model import predict
+from moepic_core.costs import Costs
+from moepic_core.planner import Outlook, make_plan, uniform_plan, what_if
+from moepic_core.spec import Plan, Settings
+
+SETTINGS = Settings(checkpoint="x")
+RESOLUTION = 0.03  # of a token's time: how far a plan may be beside the best one for its link
+
+toys = st.builds(Toy, st.integers(0, 10**6))
+budget_shares = st.lists(st.floats(0, 1.1), min_size=2, max_size=12)
+
+
+def budgets_of(toy: Toy, shares: list[float]) -> list[int]:
+    """From the smallest budget on, rising."""
+    needs = toy.needs
+    return [needs.smallest + int(share * (needs.everything - needs.smallest)) for share in sorted(shares)]
+
+
+def plans_for(toy: Toy, costs: Costs, budgets: list[int]) -> list[Plan]:
+    return Outlook(SETTINGS, toy.needs, costs, toy.trace, max(budgets)).plans(budgets)
+
+
+def seconds_of(plans: list[Plan]) -> np.ndarray:  # type: ignore[type-arg]
+    return np.array([plan.predicted.total_s for plan in plans if plan.predicted is not None])
+
+
+def copying(costs: Costs, part: float) -> Costs:
+    """Newcomers are copied into their slots in this part of the time that they travel."""
+    layers = [dataclasses.replace(layer, admit_s=part / costs.link_bytes_per_s) for layer in costs.layers]
+    return dataclasses.replace(costs, layers=tuple(layers))
+
+
+def faster(costs: Costs, times: float) -> Costs:
+    return dataclasses.replace(costs, link_bytes_per_s=times * costs.link_bytes_per_s)
+
+
+@settings(max_examples=60, deadline=None)
+@given(toys, budget_shares, st.floats(0, 1))
+def test_a_plan_is_never_predicted_slower_than_equal_shares_of_halves(
+    toy: Toy, shares: list[float], part: float
+) -> None:
+    costs, budgets = copying(toy.costs, part), budgets_of(toy, shares)
+    for budget, seconds in zip(budgets, seconds_of(plans_for(toy, costs, budgets)), strict=True):
+        halves = predict(uniform_plan(SETTINGS.replace(split=0.5), toy.needs, budget), toy.layers, costs, toy.trace)
+        assert seconds <= halves.total_s * (1 + 1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(toys, budget_shares)
+def test_more_memory_never_predicts_slower(toy: Toy, shares: list[float]) -> None:
+    seconds = seconds_of(plans_for(toy, toy.costs, budgets_of(toy, shares)))
+    assert (np.diff(seconds) <= 1e-12).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(toys, budget_shares, st.floats(1, 30))
+def test_a_slower_link_never_predicts_faster(toy: Toy, shares: list[float], times: float) -> None:
+    """But by what the planner may be beside the best plan, where links hardly differ."""
+    budgets = budgets_of(toy, shares)
+    slow, fast = (seconds_of(plans_for(toy, costs, budgets)) for costs in (toy.costs, faster(toy.costs, times)))
+    assert (slow >= fast * (1 - (RESOLUTION if times < 1.5 else 1e-12))).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(toys, st.floats(0, 1.1), st.floats(0, 1))
+def test_what_holds_for_every_plan(toy: Toy, share: float, part: float) -> None:
+    """It keeps to its budget, says what it stands on and why it ends, and is the same when made again."""
+    costs, (budget,) = copying(toy.costs, part), budgets_of(toy, [share])
+    plan = make_plan(SETTINGS, toy.needs, budget, costs, toy.trace)
+    assert plan.memory.used <= plan.memory.budget == budget
+    assert plan.predicted == predict(plan, toy.layers, costs, toy.trace)
+    assert 1 <= plan.rounds <= 4
+    ends = r"no expert is cached|experts are resident|planned in \d rounds: no (move|more)|equal shares, predicted"
+    assert re.search(ends, plan.reason)
+    assert (plan.prefetch_depth > 0) == (plan.predictor != "none")
+    assert plan == make_plan(SETTINGS, toy.needs, budget, costs, toy.trace)
+
+
+@pytest.mark.parametrize("strategy", ["moepic", "adapmoe", "mixtral-offloading", "on-demand"])
+def test_the_curve_under_the_slider_is_that_of_single_plans(strategy: str) -> None:
+    toy, wish = Toy(4), SETTINGS.replace(strategy=strategy)
+    budgets = budgets_of(toy, [0.2, 0.5, 0.9])
+    curve = what_if(wish, toy.needs, toy.costs, toy.trace, budgets)
+    singles = [make_plan(wish, toy.needs, budget, toy.costs, toy.trace) for budget in budgets]
+    assert curve == [(plan.memory.budget, plan.predicted) for plan in singles]
