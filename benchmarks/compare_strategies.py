@@ -1,4 +1,4 @@
-"""The paper's comparison on the live engine: every strategy at four cache sizes and three speeds of an emulated link.
+"""The paper's comparison on the live engine: every strategy at five cache sizes and three speeds of an emulated link.
 
 `python -m benchmarks.compare_strategies [CHECKPOINT]`. Link speeds are such that loading all experts of a token
 takes 1, 2.9 (the paper's machine) and 6 times what computing the token takes. A cell starts with empty caches and the
@@ -7,8 +7,8 @@ several rounds. Beside what was measured stand the cost model's prediction and t
 tokens. Emulated link; times hold for this machine, ratios travel.
 
 One thread computes, so that the link's copies have a core of their own, as they have a copy engine on a GPU.
-`python -m benchmarks.reference_checkpoints wide FOLDER` makes a checkpoint with the bundled model's routing and experts
-of the size that real models have.
+`benchmarks.reference_checkpoints` makes two checkpoints for this: `wide` with the bundled model's routing and experts
+of the size that real models have, `even` with Mixtral's proportions and an even use of experts.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from moepic_core.trace import decoded
 from moepic_core.trace_file import load_trace
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SHARES = (1 / 6, 1 / 3, 1 / 2, 5 / 8)  # of all experts' bytes
+SHARES = (1 / 6, 1 / 3, 1 / 2, 5 / 8, 4 / 5)  # of all experts' bytes
 RATIOS = (1.0, 2.9, 6.0)
+NUM_EARLIER = 16  # questions of the earlier session
 ABLATIONS: dict[str, dict[str, Any]] = {
     "moepic, no split": {"strategy": "moepic", "split": 1.0},
     "moepic, no prefetch": {"strategy": "moepic", "prefetch": "off"},
@@ -64,18 +65,19 @@ class Cell:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", default=str(ASSETS / "demo-moe"))
-    parser.add_argument("--trace", type=Path, default=ASSETS / "traces" / "demo-moe.npz")
+    parser.add_argument("--trace", type=Path, help="routing of an earlier session; without, one is played first")
     parser.add_argument("--questions", type=Path, default=ASSETS / "demo_recipe" / "unseen.toml")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--replies", type=int, default=4, help="measured ones; as many warm up")
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--temperature", type=float, default=0.0, help="1 for random weights, which repeat themselves")
     parser.add_argument("--threads", type=int, default=1, help="of computation")
     parser.add_argument("--ablations", action="store_true", help="parts of moepic switched off, in place of strategies")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    earlier = load_trace(options.trace)
+    earlier = load_trace(options.trace) if options.trace else None
     questions = [entry["ask"] for entry in tomllib.loads(options.questions.read_text(encoding="utf-8"))["question"]]
     variants = ABLATIONS | {"moepic": {"strategy": "moepic"}} if options.ablations else {
         name: {"strategy": name} for name in STRATEGIES
@@ -115,7 +117,7 @@ def measure(
     variants: dict[str, dict[str, Any]],
     ratio: float,
     rate: float,
-    earlier: RoutingTrace,
+    earlier: RoutingTrace | None,
     questions: Sequence[str],
 ) -> tuple[list[Cell], int]:
     """All cells over one link, and the number of cells during which another process was busy."""
@@ -129,6 +131,11 @@ def measure(
     cells = [Cell(name, share, ratio) for share in options.shares for name in variants]
     disturbed = 0
     with Engine.load(settings) as engine:
+        if earlier is None:
+            for number, question in enumerate(questions[-NUM_EARLIER:]):
+                ask(engine, question, options, number)
+            earlier = engine.steering.trace()
+            assert earlier is not None
         engine.steering.earlier = earlier
         costs = calibrate(engine)
         for number in range(options.rounds):
@@ -156,9 +163,7 @@ def play(
     totals = None
     for number in range(2 * options.replies):
         question = questions[(7 * number) % len(questions)]
-        turns = [{"role": "user", "content": question}]
-        *_, done = engine.generate(turns, Sampling(max_new_tokens=options.new_tokens, ignore_eos=True))
-        assert isinstance(done, Done)
+        ask(engine, question, options, number)
         snapshot = engine.snapshot()
         reply = snapshot.reply
         assert reply is not None and reply.tpot_s is not None
@@ -182,6 +187,14 @@ def play(
         "simulated_s": replay.tpot_s, "simulated_hit_rate": replay.breakdown.hit_rate,
         "simulated_miss_rate": replay.breakdown.miss_rate, "budget_bytes": budget,
     }  # fmt: skip
+
+
+def ask(engine: Engine, question: str, options: argparse.Namespace, seed: int) -> None:
+    sampling = Sampling(
+        max_new_tokens=options.new_tokens, ignore_eos=True, temperature=options.temperature, seed=seed
+    )  # fmt: skip
+    *_, done = engine.generate([{"role": "user", "content": question}], sampling)
+    assert isinstance(done, Done)
 
 
 def row(cell: Cell) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""How long planning takes, and what it would gain or lose against plans without it; no engine, no checkpoint.
+"""How long planning takes, without engine or checkpoint.
 
-`python -m benchmarks.plan [--layers 64] [--experts 256] [--top-k 8] [--tokens 5000] [--rounds 5]`. A made-up large model
-on a made-up machine, with a synthetic trace. Statistics (what any size of cache would have hit) are prepared once for a
-trace and serve every budget; then come the first plan, one more budget, and a curve of 40 budgets as under the slider.
-One thread. The last line is one JSON object.
+`python -m benchmarks.plan [--layers 64] [--experts 256] [--top-k 8] [--tokens 5000] [--rounds 5]`. A made-up large
+model on a made-up machine, with a synthetic trace. Statistics (what any size of cache would have hit) are prepared once
+for a trace and serve every budget; then come the first plan, a plan for one more budget, and a curve of 40 budgets as
+under the slider. One thread. The last line is one JSON object.
 """
 
 from __future__ import annotations

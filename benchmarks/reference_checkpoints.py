@@ -1,12 +1,14 @@
 """The checkpoints that benchmarks run on, written in the hub's format.
 
-`python -m benchmarks.reference_checkpoints a|b|c|wide FOLDER`. A is Mixtral-like (few large experts), B Qwen3-MoE-like
-(many small ones), about 2 GB each; C has Qwen3-30B-A3B's layers, eight of its 48, about 10 GB, for GPUs. Embeddings
-have unit variance: with the usual 0.02 the routing of a random model collapses. Random weights route almost uniformly,
-which is the hardest case for a cache: hit rates measured here are no forecast for real text.
+`python -m benchmarks.reference_checkpoints a|b|c|even|wide FOLDER`. A is Mixtral-like (few large experts), B
+Qwen3-MoE-like (many small ones), about 2 GB each; C has Qwen3-30B-A3B's layers, eight of its 48, about 10 GB, for GPUs.
+Embeddings have unit variance: with the usual 0.02 the routing of a random model collapses. Random weights route almost
+uniformly, which is the hardest case for a cache: hit rates measured here are no forecast for real text.
 
-`wide` is the bundled model with each neuron of its experts 32 times, each counting a 32nd: it says and routes what the
-bundled model does, but its experts have 3.1 MB, the size that real models' experts have, in place of 98 KB.
+Two are for comparing strategies and have the bundled model's tokenizer. `even` is a random one too, Mixtral in small:
+16 layers of 8 experts, 6.3 MB each, used evenly, as Mixtral's nearly are. `wide` is the bundled model with each neuron
+of its experts 32 times, each counting a 32nd: it says and routes what the bundled model does, but its experts have
+3.1 MB, the size that real models' experts have, in place of 98 KB.
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ CONFIGS: dict[str, Any] = {
         hidden_size=1024, moe_intermediate_size=384, intermediate_size=2048, num_hidden_layers=12, num_experts=64,
         num_experts_per_tok=8, head_dim=64, **_QWEN,
     ),
+    "even": lambda: MixtralConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(BUNDLED)), hidden_size=1024, intermediate_size=1024,
+        num_hidden_layers=16, num_local_experts=8, num_experts_per_tok=2, num_attention_heads=16, num_key_value_heads=4,
+        max_position_embeddings=2048,
+    ),
     "c": lambda: Qwen3MoeConfig(
         hidden_size=2048, moe_intermediate_size=768, intermediate_size=6144, num_hidden_layers=8, num_experts=128,
         num_experts_per_tok=8, head_dim=128, **{**_QWEN, "num_attention_heads": 32},
@@ -51,6 +58,8 @@ def make(name: str, folder: Path, device: str = "cpu") -> Path:
     model.get_input_embeddings().weight.data.normal_()
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder, max_shard_size="5GB")
+    if name == "even":
+        AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
+from benchmarks.pictures import save
 from moepic_core.hit_curves import ranks
 from moepic_core.routing import RoutingTrace
 
@@ -61,9 +61,7 @@ def accuracy(trace: RoutingTrace) -> NDArray[np.float64]:
 
 
 def picture(trace: RoutingTrace, path: Path) -> None:
-    """Layer × expert use, one panel per subject, drawn by Plotly in a Chromium without a window."""
-    from playwright.sync_api import sync_playwright
-
+    """Layer × expert use, one panel per subject."""
     use = usage(trace)
     columns = 5
     rows = -(-len(trace.subject_names) // columns)
@@ -80,10 +78,4 @@ def picture(trace: RoutingTrace, path: Path) -> None:
         coloraxis={"colorscale": "Blues", "cmin": 0, "cmax": 25},
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1216, "height": 146 + 170 * rows})
-        page.set_content(figure.to_html(include_plotlyjs=True), wait_until="load")
-        page.locator(".main-svg").first.wait_for()
-        page.screenshot(path=path)
-        browser.close()
+    save(figure, path)
