@@ -58,7 +58,7 @@ def timeline(events: NDArray[np.void]) -> Figure | None:
         tokens = tokens[1:]
         rows = rows[np.isin(rows["token"], tokens["token"])]
     start_s = float(tokens["start_s"][0])
-    dtick = 1 if rows["layer"].max(initial=0) < 12 else 4
+    last_layer = int(rows["layer"].max(initial=0))
     ends_ms = (1000 * (tokens["end_s"] - start_s)).round(4)
     first_ms = ends_ms[-1 - FIRST_SHOWN] if len(ends_ms) > FIRST_SHOWN else 0.0
     return {
@@ -66,7 +66,11 @@ def timeline(events: NDArray[np.void]) -> Figure | None:
         "layout": {
             "barmode": "overlay",
             "xaxis": {"title": {"text": "ms"}, "range": [float(first_ms), float(ends_ms[-1])]},
-            "yaxis": {"title": {"text": "layer"}, "autorange": "reversed", "dtick": dtick},
+            "yaxis": {
+                "title": {"text": "layer"},
+                "range": [last_layer + 0.5, -0.5],
+                "dtick": 1 if last_layer < 12 else 4,
+            },
             "shapes": [_line(float(end)) for end in ends_ms],
         },
         "note": f"Measured: the last {len(tokens)} tokens of the last answer, {len(rows)} events. Dotted lines are the "

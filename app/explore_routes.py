@@ -21,7 +21,7 @@ from moepic_core.errors import BadSettings, MoepicError
 
 from . import share
 from .explorer import VIEWS, Explorer
-from .helping import Helping, table
+from .helping import Helping, adopt, table
 from .jobs import Job, Tell
 from .report import report
 from .state import State
@@ -81,10 +81,11 @@ def import_settings(state: State, data: bytes) -> str:
     if loaded is not None and not changes:
         return "These settings are in force already."
     if loaded is not None and set(changes) <= set(LIVE):
-        state.reconfigure(**changes)
+        adopt(state, changes)
         return f"In force now: {', '.join(f'{name} {value}' for name, value in changes.items())}."
     state.check(wanted)
     state.load(wanted)
+    state.kept.keep(theirs.pop("checkpoint"), **theirs)
     return f"Loading {wanted.checkpoint} with these settings."
 
 

@@ -24,14 +24,13 @@ class EngineFailed(MoepicError):
 
 def explained(error: BaseException) -> MoepicError:
     """`error` as one that the page can show; the console gets the whole of what nobody expects."""
-    is_known = isinstance(error, MoepicError)
     words = str(error).partition("\n")[0]
     if LOST_GPU.search(words):
         sentence = (
             f"the GPU stopped working ({words}); start MoEpic again, and lower the budget or choose --device cpu if it "
             "happens again"
         )
-    elif is_known:
+    elif isinstance(error, MoepicError):
         return error
     elif isinstance(error, MemoryError) or NO_MEMORY.search(words):
         sentence = f"memory ran out ({words}); lower the budget or the context, or close other programs"
@@ -40,6 +39,6 @@ def explained(error: BaseException) -> MoepicError:
     else:
         what = ": ".join(filter(None, [type(error).__name__, words]))
         sentence = f"the engine failed by a mistake of ours ({what}), the console shows it; press Reload if it goes on"
-    if not is_known:
+    if not isinstance(error, MoepicError):
         log.error("%s", sentence, exc_info=error)
     return EngineFailed(sentence)

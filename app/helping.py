@@ -94,13 +94,21 @@ class Helping:
         if found is None or better is None:
             raise BadSettings("nothing faster than the present settings was measured; measure again")
         variant = found.rows[better].variant
-        self._state.reconfigure(**variant.changes)
+        adopt(self._state, variant.changes)
         self._job.result = None  # it was about other settings
         return f"Now in use: {variant.name}."
 
     def view(self) -> dict[str, Any]:
         found = self.measured
         return {**self._job.view(), "table": None if found is None else table(found)}
+
+
+def adopt(state: State, changes: dict[str, Any]) -> None:
+    """Puts `changes` of live settings in force and keeps them with the checkpoint. Raises a MoepicError."""
+    state.reconfigure(**changes)
+    loaded = state.look().loaded
+    if loaded is not None:
+        state.kept.keep(loaded.settings.checkpoint, **changes)
 
 
 def table(measured: Measured) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def _row(row: Row, off: Row, most: float) -> dict[str, Any]:
         "name": row.variant.name,
         "speed": f"{total.tokens_per_s:.1f}",
         "range": f"{min(speeds):.1f} to {max(speeds):.1f}",
-        "share": total.tokens_per_s / most,
+        "share": round(total.tokens_per_s / most, 4),
         "ratio": f"{total.tokens_per_s / off.total.tokens_per_s:.2f} ×",
         "hits": percent(total.hits / total.uses if total.uses else None),
         "partial": percent(total.partial_hits / total.uses if total.uses else None),

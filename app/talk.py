@@ -22,7 +22,7 @@ from .state import State
 from .store import Store
 
 SAVE_S = 0.5  # between two times that a growing answer is written down
-DRAW_S = 0.001  # for each message above: browsers look at all of them whenever one grows, and shall have time for more
+DRAW_S = 0.0005  # for each message above: browsers look at all of them whenever one grows, and shall have time for more
 
 Window = list[dict[str, Any]]
 View = tuple[Window, str]
@@ -43,14 +43,13 @@ class Talk:
         """
         found = self.store.get(id)
         if found is None:
-            return [], json.dumps({"id": None, "changed": 0, "rows": [], "question": question})
+            return [], _json({"id": None, "changed": 0, "rows": [], "question": question})
         rows = conversation.rows(found)
         for row in rows:
             if (found.id, row["number"]) in self.growing:
                 row |= {"note": "being written", "continues": False}
-        return conversation.shown(found.path), json.dumps(
-            {"id": found.id, "changed": found.changed, "rows": rows, "question": question}
-        )
+        beside = {"id": found.id, "changed": found.changed, "rows": rows, "question": question}
+        return conversation.shown(found.path), _json(beside)
 
     def send(self, text: str, open_: str, settings: dict[str, Any]) -> tuple[str, Window, str]:
         """Writes a question down. What to write in is empty then."""
@@ -162,6 +161,11 @@ class Talk:
             self.growing.discard((id, number))
             self.store.save(id, number, text, reason, figures)
         yield self.view(id)
+
+
+def _json(value: Any) -> str:
+    """In which nothing looks like HTML, wherever it is put."""
+    return json.dumps(value).replace("<", "\\u003c")
 
 
 def _waiting(answer: Answer) -> dict[str, Any]:

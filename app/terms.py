@@ -52,9 +52,9 @@ PAGE_METRICS: tuple[Metric, ...] = (
     Metric("vram", "bytes", "Used memory of the GPU."),
     Metric("ram", "bytes", "Used memory of the machine, without files that would yield."),
     Metric("cpu_use", "0..1", "Share of all cores' time that programs used."),
-    Metric("compared_speed", "tokens/s", "Decode speed of one prompt under these settings: tokens / time over all "
-           "passes, without the first tokens of each, which find caches that are still filling.",
-           "np.sum(kind == TOKEN) / np.sum(seconds[kind == TOKEN])"),
+    Metric("compared_speed", "tokens/s", "Decode speed of one prompt under these settings: 1 / the median time of a "
+           "token over all passes, without the first tokens of each, which find caches that are still filling.",
+           "1 / np.median(seconds[kind == TOKEN])"),
     Metric("compared_ratio", "×", "This speed / the one with cache, split and prefetch switched off."),
     Metric("compared_bytes", "bytes", "What came over the link, demand loads and prefetches, per counted token.",
            "np.sum(nbytes[np.isin(kind, (DEMAND, PREFETCH))]) / np.sum(kind == TOKEN)"),

@@ -4,6 +4,7 @@
 
 Object.assign(window.MoEpic, (() => {
   const { listen, say, make, follow } = window.MoEpic;
+  const CALM_MS = 1000; // after a change by hand, in which nothing else changes
   const find = (selector) => document.querySelector(selector);
 
   // Components come in any order.
@@ -69,11 +70,14 @@ Object.assign(window.MoEpic, (() => {
 
   // Whether the user has a control in hand, which new values would take away.
   let isPressed = false;
+  let changedAt = -CALM_MS;
+  document.addEventListener("input", (event) => event.target.closest?.("#controls") && (changedAt = performance.now()), true);
   document.addEventListener("pointerdown", (event) => (isPressed = Boolean(event.target.closest?.("#controls"))), true);
   for (const name of ["pointerup", "pointercancel"]) document.addEventListener(name, () => (isPressed = false), true);
 
   function isHeld() {
-    return isPressed || Boolean(document.activeElement?.matches("#controls :is(input:not([type=range]):not([type=checkbox]))"));
+    if (isPressed || performance.now() < changedAt + CALM_MS) return true;
+    return Boolean(document.activeElement?.matches("#controls :is(input:not([type=range]):not([type=checkbox]))"));
   }
 
   // ---- memory bar and forecast ----
@@ -181,7 +185,7 @@ Object.assign(window.MoEpic, (() => {
 
   function steer(element, props, watch) {
     const root = element.querySelector(".why");
-    const rows = make("dl", "facts");
+    const rows = make("dl", "rows");
     const close = make("button", "close", "×");
     close.type = "button";
     close.setAttribute("aria-label", "Close the settings");

@@ -1,8 +1,8 @@
 """Pictures and tables of benchmark results, for `docs`: seconds per token against memory, one line per strategy.
 
-`python -m benchmarks.draw RESULT.json PICTURE.png` reads the JSON line of `compare_strategies` or `full_scale`, draws
-it with Plotly in a Chromium without a window, and prints its table in Markdown. Measured and simulated results get the
-same look and different titles.
+`python -m benchmarks.draw RESULT.json … --picture FILE.png` reads JSON lines of `compare_strategies` or `full_scale`,
+draws them with Plotly in a Chromium without a window, and prints a table in Markdown. Measured and simulated results
+get the same look and different titles.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("results", type=Path, nargs="+", help="of one benchmark; their rows are put together")
+    parser.add_argument("--picture", type=Path, required=True)
     options = parser.parse_args()
-    result = json.loads(options.result.read_text(encoding="utf-8").splitlines()[-1])
+    found = [json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) for path in options.results]
+    result = {**found[0], "rows": [row for each in found for row in each["rows"]]}
     if result["benchmark"] == "compare_strategies":
         panels = {f"link {ratio:g} × slower than compute": [row for row in result["rows"] if row["ratio"] == ratio]
                   for ratio in dict.fromkeys(row["ratio"] for row in result["rows"])}  # fmt: skip

@@ -14,6 +14,21 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 
+_EXAMPLE = """
+import json
+import numpy as np
+
+with np.load("moepic-trace.npz") as file:
+    events, routing, about = file["events"], file["routing"], json.loads(file["about"].tobytes())
+codes = about["codes"]
+decode = routing[routing["phase"] == codes["phase"]["DECODE"]]
+counts, outcomes = decode["counts"], decode["outcomes"]
+print(np.sum(counts[outcomes == codes["outcomes"]["HIT"]]) / np.sum(counts))
+transfers = np.isin(events["kind"], [codes["kind"]["DEMAND"], codes["kind"]["PREFETCH"]])
+print(np.sum(events["nbytes"][transfers]))
+"""
+
+
 def metrics_page() -> str:
     from app.terms import PAGE_METRICS
     from moepic_core.metrics import METRICS
@@ -39,6 +54,16 @@ def metrics_page() -> str:
         "Formulas see the rows that the definition names, the newest tokens or the last one's alone.",
         "",
         *_table(PAGE_METRICS),
+        "",
+        "## From an exported trace",
+        "",
+        "*Explore, Share, Trace (.npz)* on the page holds all that figures follow from; NumPy is enough to read it.",
+        "`tests/exported.py` evaluates every formula of this page so, `tests/test_numbers.py` compares all numbers of",
+        "the page with the result. Here the hit rate of the session, and the bytes that came over the link:",
+        "",
+        "```python",
+        *_EXAMPLE.strip().splitlines(),
+        "```",
     ]
     return "\n".join(lines) + "\n"
 

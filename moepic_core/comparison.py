@@ -1,6 +1,6 @@
 """Runs one prompt under several live settings on the loaded engine, and reads off what each cost a token.
 
-The page's question "is it helping?" and the command line ask `compare`. Settings change through the engine's own
+The page asks `compare` when its user wants to know whether it helps. Settings change through the engine's own
 `reconfigure` between replies. Every reply begins with caches filled as after a start, and there are two passes in
 different orders, so that neither drift nor a disturbance decides. The session's figures do not notice, and the settings
 of before hold again at the end, whatever happens.
@@ -51,9 +51,9 @@ def _reply(engine: Engine, prompt: Prompt, name: str, done: int, replies: int, t
     """What one reply cost, after `done` of so many `replies`."""
     tokens = 1 + WARM_UP + MOST
     made, first_s = 0, time.perf_counter()
+    tell(done / replies, name)  # before a reply begins, because one that was never looked at cannot be closed
     reply = engine.generate(prompt, Sampling(max_new_tokens=tokens, ignore_eos=True))
     with closing(cast("Generator[Event]", reply)) as events:
-        tell(done / replies, name)
         for event in events:
             if isinstance(event, Done) and event.reason == "stopped":
                 raise Cancelled("the comparison was stopped")

@@ -129,7 +129,9 @@ class Engine:
                 raise BadSettings("a reply is being generated already; stop it or wait until it is done")
             self._generating = True
             self._stop.clear()
-        return self._reply(ids, sampling or Sampling())
+        reply = self._reply(ids, sampling or Sampling())
+        next(reply)  # it has begun, so closing it tidies up even when no event was taken
+        return reply
 
     def request_stop(self) -> None:
         """Ends the running reply within one layer. From any thread; returns at once."""
@@ -273,6 +275,7 @@ class Engine:
         stream = self.text.stream()
         telemetry = self.residency.telemetry
         try:
+            yield PromptRead(0, len(ids), 0)  # for `generate` alone
             reason: FinishReason = "stopped"
             for event in self._tokens(list(ids), sampling):
                 if isinstance(event, TokenMade):

@@ -25,7 +25,7 @@ from .split_search import LayerOptions
 from .workload import Array, Workload
 
 STEPS_PER_LAYER = 16  # a step is this part of a layer, in whole experts where it has that many
-MAX_LEVELS = 128
+MAX_LEVELS = 256
 NUM_SEGMENTS = 8  # of the slider; levels of one segment are planned with the same windows
 MAX_ROUNDS = 4
 WORTH = 1e-3  # of a token's time: what another round must gain somewhere

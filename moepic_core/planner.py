@@ -153,6 +153,9 @@ def what_if(
 class Outlook:
     """Plans and predictions for any budget up to `largest`, from one pass over a trace. Keep it while trace, costs and
     settings are the same: what budgets have in common is made once, when it is first needed.
+
+    A prediction of the configurator never rises with the budget. It leaves out what is too little for another level or
+    another slot in every layer, so its plan may be faster.
     """
 
     def __init__(
@@ -198,42 +201,56 @@ class Outlook:
             ways = [base.prefetch_depth, 0] if self._may_choose else [base.prefetch_depth]
             seconds = np.array([walks[depth].total_s[row : row + len(shares)] for depth in ways])
             way, best = np.unravel_index(seconds.argmin(), seconds.shape)
-            predicted = breakdown(walks[ways[way]], row + int(best), self.costs)
-            plans.append(self._chosen(base, shares, int(best), ways[way], predicted))
+            safe = seconds[:, : self._num_safe].copy()
+            if len(ways) > 1:  # a larger budget knows what was found for one way to prefetch under that way only
+                *_, own_way = self._frontier.best(self._room(base))
+                safe[1 - own_way, 0] = np.inf
+            of_way, of_shares = np.unravel_index(safe.argmin(), safe.shape)
+            predicted = breakdown(walks[ways[of_way]], row + int(of_shares), self.costs)
+            plans.append(self._chosen(base, shares, int(best), ways[way], float(seconds.min()), predicted))
             row += len(shares)
         return plans
 
     def _candidates(self, base: Plan) -> list[tuple[LayerPlan, ...]]:
-        """What the allocation proposes, and for the configurator the equal shares that it has to beat."""
-        layers, room = self.needs.layers, max(0, _room(self.settings, self.needs, base.memory.budget))
+        """What the allocation proposes, and for the configurator the equal shares that it has to beat; then the same
+        with what is left over, which helps, but not always more when more is left.
+        """
+        layers, room = self.needs.layers, self._room(base)
         if self._allocation == "dynamic-program":
             return [least_misses(layers, [share.top_rows for share in base.layers], self._hits, room)]
         if self._allocation != "planned":
             return [base.layers]
         levels, row, _ = self._frontier.best(room)
         found = shares_of(layers, levels.slots[row].tolist(), levels.rows[row].tolist())
-        splits = EQUAL_SPLITS if self.settings.split is None else ()
-        equal = [equal_shares(layers, split, room) for split in splits]
-        return [found, spend_rest(layers, found, self._hits, room), base.layers, *equal]
+        splits = EQUAL_SPLITS if self.settings.split is None else [self.settings.split]
+        safe = [found, *(equal_shares(layers, split, room, complete=True) for split in splits)]
+        spent = spend_rest(layers, found, self._hits, room)
+        return [*safe, spent, *(equal_shares(layers, split, room) for split in splits)]
 
     def _chosen(
-        self, base: Plan, candidates: Sequence[tuple[LayerPlan, ...]], best: int, depth: int, predicted: Breakdown
+        self,
+        base: Plan,
+        candidates: Sequence[tuple[LayerPlan, ...]],
+        best: int,
+        depth: int,
+        seconds: float,
+        predicted: Breakdown,
     ) -> Plan:
         layers, shares, reason, rounds = self.needs.layers, candidates[best], base.reason, 0
         if self._allocation == "dynamic-program":
             why = "shares of the fewest expected misses, by dynamic program"
             reason = _reason(base.strategy, shares, layers, why)
         elif self._allocation == "planned":
-            if self._may_choose and predicted.total_s > self._streaming_s:
-                empty = self._empty[: base.prefetch_depth + 1]
-                way = min(range(len(empty)), key=lambda way: empty[way].total_s)
-                if empty[way].total_s < predicted.total_s:
-                    depth, predicted, shares = way, empty[way], self._nothing
-            levels, *_ = self._frontier.best(max(0, _room(self.settings, self.needs, base.memory.budget)))
+            levels, *_ = self._frontier.best(self._room(base))
             rounds, why = levels.rounds, "equal shares, predicted to be faster than all unequal ones that were found"
-            if best < 2:
+            if best % self._num_safe == 0:
                 end = "no move of memory between layers helps any more" if levels.settled else "no more are made"
                 why = f"planned in {rounds} rounds: {end}"
+            if self._may_choose and predicted.total_s > self._streaming_s:
+                guesses, empty, without = min(self._empty[: base.prefetch_depth + 1], key=lambda way: way[2].total_s)
+                predicted = min(predicted, without, key=lambda each: each.total_s)
+                if without.total_s < seconds:
+                    depth, shares = guesses, empty
             why += "; no prefetch, which would cost more than it hides" if depth < base.prefetch_depth else ""
             reason = _reason(base.strategy, shares, layers, why)
         notes = [self._replay.trace.source] if self._cold else []
@@ -249,21 +266,32 @@ class Outlook:
             predicted=predicted,
         )
 
+    def _room(self, base: Plan) -> int:
+        return max(0, _room(self.settings, self.needs, base.memory.budget))
+
+    @property
+    def _num_safe(self) -> int:
+        """Candidates, the first ones, of which a larger budget has better ones or the same: what is predicted."""
+        if self._allocation != "planned":
+            return 1
+        return 2 if self.settings.split is not None else 1 + len(EQUAL_SPLITS)
+
     @property
     def _may_choose(self) -> bool:
         """Whether the plan says how many guesses are made."""
         return self._allocation == "planned" and self.settings.prefetch == "auto"
 
     @cached_property
-    def _nothing(self) -> tuple[LayerPlan, ...]:
-        return shares_of(self.needs.layers, *[[0] * len(self.needs.layers)] * 2)
-
-    @cached_property
-    def _empty(self) -> list[Breakdown]:
-        """What a token costs without any cache, by the number of guesses."""
-        works = [workload(self._replay, depth, most_slots=0) for depth in range(self.needs.top_k + 1)]
-        walks = [walk(work, self.needs.layers, self.costs, *table(self._nothing), itemised=True) for work in works]
-        return [breakdown(each, 0, self.costs) for each in walks]
+    def _empty(self) -> list[tuple[int, tuple[LayerPlan, ...], Breakdown]]:
+        """For each number of guesses the best way without any cache: experts travel in one piece or in two."""
+        layers, found = self.needs.layers, []
+        ways = [equal_shares(layers, split, room=0) for split in EQUAL_SPLITS]
+        for depth in range(self.needs.top_k + 1):
+            work = workload(self._replay, depth, most_slots=0)
+            walked = walk(work, layers, self.costs, *table(*ways), itemised=True)
+            best = int(walked.total_s.argmin())
+            found.append((depth, ways[best], breakdown(walked, best, self.costs)))
+        return found
 
     @cached_property
     def _streaming_s(self) -> float:

@@ -42,18 +42,23 @@ def roomiest_split(layers: Sequence[MoeLayer], room: int) -> float:
     return max(DEFAULT_SPLIT, rows / neurons)
 
 
-def equal_shares(layers: Sequence[MoeLayer], split: float, room: int) -> tuple[LayerPlan, ...]:
-    """One slot per layer, round by round from the first layer on, as long as any fits."""
+def equal_shares(layers: Sequence[MoeLayer], split: float, room: int, complete: bool = False) -> tuple[LayerPlan, ...]:
+    """One slot per layer, round by round from the first layer on, as long as any fits, or only `complete` rounds."""
     rows = [top_rows(layer, split) for layer in layers]
-    sizes = [top_bytes(layer, row) for layer, row in zip(layers, rows, strict=True)]
-    slots, before = [0] * len(layers), -1
-    while room != before:
-        before = room
-        for position, layer in enumerate(layers):
-            if slots[position] < layer.num_experts and 0 < sizes[position] <= room:
-                slots[position] += 1
-                room -= sizes[position]
-    return shares_of(layers, slots, rows)
+    sizes = np.array([top_bytes(layer, row) for layer, row in zip(layers, rows, strict=True)])
+    limits = np.array([layer.num_experts for layer in layers]) * (sizes > 0)
+    slots = np.zeros_like(limits)
+    while (fits := (slots < limits) & (complete | (sizes <= room))).any():
+        rounds = min(room // int(sizes[fits].sum()), int((limits - slots)[fits].min()))
+        slots[fits] += rounds
+        room -= rounds * int(sizes[fits].sum())
+        if complete and not rounds:
+            break
+        for layer in np.flatnonzero(fits).tolist() if not rounds else ():
+            if sizes[layer] <= room:
+                slots[layer] += 1
+                room -= int(sizes[layer])
+    return shares_of(layers, slots.tolist(), rows)
 
 
 def spend_rest(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,11 @@ class Export:
         }  # fmt: skip
         for name in names:
             try:
-                with np.errstate(divide="raise", invalid="raise"):
+                with np.errstate(divide="raise", invalid="raise"), warnings.catch_warnings():
+                    warnings.simplefilter("error", RuntimeWarning)  # of no rows
                     value = eval(self.formulas[name], known)
                 known[name] = value.item() if isinstance(value, np.generic) else value
-            except (ZeroDivisionError, FloatingPointError, IndexError, ValueError, TypeError):
+            except (ZeroDivisionError, FloatingPointError, RuntimeWarning, IndexError, ValueError, TypeError):
                 known[name] = None
         return known
 

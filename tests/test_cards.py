@@ -173,7 +173,10 @@ def test_what_was_decided_and_why() -> None:
     assert rows["Prefetch"] == "up to 8 experts of the next layer, by the next layer's router"
     assert rows["A token"].startswith("75.0 ms expected: attention and routers 10.0 ms, experts 20.0 ms, stall 40.0 ms")
     assert rows["Why"] == plan.reason
-    assert dict(cards.plan_rows(uniform_plan(Settings("org/big", prefetch="off"), NEEDS, 6 * GB), SPEC))["Prefetch"] == "off"
+    assert (
+        dict(cards.plan_rows(uniform_plan(Settings("org/big", prefetch="off"), NEEDS, 6 * GB), SPEC))["Prefetch"]
+        == "off"
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,4 +200,6 @@ def test_a_download_that_was_begun_is_shown_as_such() -> None:
     absent = Preview(Settings("org/absent"), CPU, parse_link("auto", "cpu"), missing="1 of 3 weight files are missing")
     card = cards.model_card(absent)
     assert card["step"] == "download"
-    assert card["verdict"] == "incomplete here: 1 of 3 weight files are missing; Download fetches the rest, then loads it"
+    assert (
+        card["verdict"] == "incomplete here: 1 of 3 weight files are missing; Download fetches the rest, then loads it"
+    )

@@ -200,6 +200,14 @@ def test_dropping_the_iterator_frees_the_engine(load: Load) -> None:
     greedy(engine, PROMPT, 2)
 
 
+def test_a_reply_that_nobody_asks_for_a_token_ends_when_it_is_closed(load: Load) -> None:
+    engine = load()
+    engine.generate(PROMPT).close()  # type: ignore[attr-defined]
+    assert engine.snapshot().phase == "idle"
+    assert len(greedy(engine, PROMPT, 5)) == 5
+    engine.check()
+
+
 def test_closing_while_generating_ends_the_reply(load: Load) -> None:
     engine = load()
     events = engine.generate(PROMPT, Sampling(max_new_tokens=60, ignore_eos=True))

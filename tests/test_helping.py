@@ -21,7 +21,7 @@ from app.state import State
 from app.store import Store
 from moepic_core import comparison
 from moepic_core.ablation import LADDER, WARM_UP, Row, Tally, Variant, parts, tally, variants, verdict
-from moepic_core.errors import BadSettings
+from moepic_core.errors import BadSettings, Cancelled
 from moepic_core.spec import LayerPlan, Settings
 from moepic_core.trace import EventKind, TracePhase
 
@@ -30,7 +30,7 @@ SETTINGS = Settings.create(checkpoint="small")
 
 def row(name: str, *speeds: float, depth: int = 2, **changes: Any) -> Row:
     plan = dataclasses.replace(PLAN, prefetch_depth=depth)
-    return Row(Variant(name, changes), plan, tuple(Tally(10, 10 / speed, 20, 10, 5, 1000, 0.5) for speed in speeds))
+    return Row(Variant(name, changes), plan, tuple(Tally((1 / speed,) * 10, 20, 10, 5, 1000, 0.5) for speed in speeds))
 
 
 # ---- what is tried ----
@@ -74,7 +74,8 @@ def test_a_tally_is_the_trace_of_the_counted_tokens() -> None:
     assert found.partial_hits == names["partial_hits"]
     assert found.link_bytes == names["demand_bytes"] + names["prefetch_bytes"]
     assert found.stall_s == names["stall_s"]
-    assert found.seconds == np.ptp([made["start_s"][0], made["end_s"][-1]])
+    assert found.token_s == tuple(made["end_s"] - made["start_s"])
+    assert found.tokens_per_s == 1 / np.median(made["end_s"] - made["start_s"])
 
 
 def test_tokens_of_which_events_are_lost_do_not_count() -> None:
@@ -265,6 +266,23 @@ def test_a_stop_and_an_error_restore_the_settings_too(state: State, monkeypatch:
     assert "leaves no room" in until_done(helping)["error"]
     assert facts(state) == before
     helping.close()
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 9, 30])
+def test_it_can_be_stopped_anywhere(state: State, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    monkeypatch.setattr(comparison, "MOST", 2)
+    state.reconfigure()
+    before, calls = facts(state), []
+
+    def tell(share: float, text: str) -> None:
+        calls.append(text)
+        if len(calls) == at:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        state.compare([{"role": "user", "content": "what?"}], tell)
+    assert facts(state) == before
+    ask(state, 2)
 
 
 def test_it_is_refused_while_an_answer_is_written(state: State) -> None:

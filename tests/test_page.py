@@ -35,10 +35,14 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
         patch.setattr("moepic_core.calibration._SECONDS", 0.02)
         patch.setattr("moepic_core.link_probe._SECONDS", 0.01)
         settings = Settings("demo-random-moe", vram="50% of experts", device="cpu", link="emulated:2GB/s")
-        state = State(settings)
-        with served(state) as address:
-            state.load(state.settings)
-            yield address
+        yield State(settings)
+
+
+@pytest.fixture(scope="module")
+def address(pages: Pages, state: State) -> Iterator[str]:
+    with served(state) as address:
+        state.load(state.settings)
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +196,6 @@ def test_another_model_is_shown_in_every_tab(
 FAULTS = {
     "a lost GPU": (torch.AcceleratorError("CUDA error: device lost\nand more"), "the GPU stopped working (CUDA error"),
     "no memory": (torch.OutOfMemoryError("CUDA out of memory"), "memory ran out twice"),
-    "our mistake": (AssertionError("1 != 2"), "a mistake of ours (AssertionError: 1 != 2)"),
 }
 
 
@@ -213,7 +216,7 @@ def test_an_engine_that_fails_costs_one_sentence(page: Page, state: State, fault
     stop(page)
     expect(page.get_by_role("alert").filter(has_text=sentence)).to_be_hidden()
     assert answer.inner_text() == words
-    assert budget(page) == before
+    assert (budget(page) == before) is (fault != "no memory")  # of which a tenth was given back before that
 
 
 def fails(error: Exception) -> Callable[..., Any]:

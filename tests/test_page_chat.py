@@ -19,9 +19,11 @@ pytestmark = pytest.mark.browser
 from pages import EVIL, GONE, Pages, chromium, served  # noqa: E402
 from playwright.sync_api import BrowserContext, Locator, Page, expect  # noqa: E402
 
+from app.conversation import Conversation, Message  # noqa: E402
 from app.nouns import Answer  # noqa: E402
 from app.state import State  # noqa: E402
 from app.store import Store  # noqa: E402
+from app.transcripts import to_json  # noqa: E402
 from moepic_core.errors import OutOfRoom  # noqa: E402
 from moepic_core.metrics import Reply  # noqa: E402
 from moepic_core.spec import Settings  # noqa: E402
@@ -206,8 +208,8 @@ def test_an_answer_that_fails_says_why_and_one_goes_on(page: Page) -> None:
     expect(answers(page)).to_have_text("Before the fall")
     expect(page.locator(".under-message .failed")).to_have_text("memory ran out; lower the budget")
     expect(page.get_by_role("alert").filter(has_text="memory ran out")).to_be_visible()
-    ask(page, "after the crash")
-    expect(answers(page)).to_have_text(["Before the fall", "An answer to after the crash."])
+    ask(page, "and afterwards")
+    expect(answers(page)).to_have_text(["Before the fall", "An answer to and afterwards."])
     expect(page.get_by_role("alert").filter(has_text="memory ran out")).to_have_count(0)
 
 
@@ -316,6 +318,18 @@ def test_nothing_of_others_is_run(page: Page, pages: Pages) -> None:
     )
     expect(page.get_by_label("System prompt")).to_have_value(EVIL)
     expect(questions(page)).to_contain_text("bold")
+    harmless(page, pages)
+    figures = {"error": EVIL, "tokens_per_s": 1.5}
+    messages = (Message(1, None, "user", EVIL, 1.0), Message(2, 1, "assistant", EVIL, 1.0, "error", figures))
+    settings = {"system": EVIL, "checkpoint": EVIL}
+    upload(page, "evil.json", to_json([Conversation("", EVIL, 1.0, 2.0, 0, settings, 2, messages)]))
+    expect(page.locator(".under-message .failed")).to_contain_text("onerror")
+    harmless(page, pages)
+    page.get_by_label("System prompt").fill("")
+
+
+def harmless(page: Page, pages: Pages) -> None:
+    """Nothing of EVIL has become part of the page."""
     for link in page.locator("#conversation a").all():
         assert not (link.get_attribute("href") or "").startswith("javascript")
     assert page.locator("#conversation :is(script, [onerror])").count() == 0
@@ -323,7 +337,6 @@ def test_nothing_of_others_is_run(page: Page, pages: Pages) -> None:
     page.wait_for_timeout(300)
     assert page.evaluate("window.pwned") is None
     pages.forgive(".*404")  # the picture itself may be asked for, of us
-    page.get_by_label("System prompt").fill("")
 
 
 def test_settings_belong_to_the_conversation(page: Page) -> None:

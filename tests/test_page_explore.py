@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,14 +31,16 @@ def pages() -> Iterator[Pages]:
 
 
 @pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
+def state(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEPIC_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.setattr("moepic_core.calibration._SECONDS", 0.02)
         patch.setattr("moepic_core.link_probe._SECONDS", 0.01)
         patch.setattr(comparison, "MOST", 4)
-        yield State(Settings.create(checkpoint="demo-random-moe", device="cpu", link="emulated:500MB/s",
+        patch.setattr("app.explore.BUDGETS", 5)
+        patch.setattr("app.explore.BELADY_SIZES", 3)
+        yield State(Settings.create(checkpoint=str(checkpoints("qwen3_moe")), device="cpu", link="emulated:20MB/s",
                                     vram="50% of experts", context_length=512))  # fmt: skip
 
 
@@ -221,7 +223,8 @@ def download(page: Page, label: str) -> Path:
 def test_files_can_be_taken_away(page: Page, pages: Pages) -> None:
     view(page, "share")
     export = Export(download(page, "Trace (.npz)").read_bytes())
-    assert export.about["model"]["name"] == "demo-random-moe"
+    name = export.about["model"]["name"]
+    assert name.startswith("qwen3_moe")
     assert export.figures()["uses"] == export.about["figures"]["session"]["decode"]["uses"] > 0
     assert json.loads(download(page, "Facts (.json)").read_text())["figures"] == export.about["figures"]
     report = download(page, "Report (.html)")
@@ -230,7 +233,7 @@ def test_files_can_be_taken_away(page: Page, pages: Pages) -> None:
     alone.on("request", lambda request: asked.append(request.url))
     file = report.rename(report.with_suffix(".html"))
     alone.goto(file.as_uri())
-    expect(alone.get_by_role("heading", name="MoEpic: demo-random-moe")).to_be_visible()
+    expect(alone.get_by_role("heading", name=f"MoEpic: {name}")).to_be_visible()
     expect(alone.locator(".main-svg").first).to_be_visible()
     assert alone.locator(".plot").count() == 3
     assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [file.as_uri()]
@@ -241,7 +244,7 @@ def test_files_can_be_taken_away(page: Page, pages: Pages) -> None:
 def test_settings_go_out_and_come_back(page: Page, state: State, tmp_path: Path) -> None:
     share = page.locator("#view-share")
     exported = json.loads(download(page, "Settings (.json)").read_text())
-    assert (exported["strategy"], exported["checkpoint"]) == ("on-demand", "demo-random-moe")
+    assert (exported["strategy"], exported["checkpoint"]) == ("on-demand", state.settings.checkpoint)
 
     def give(values: dict[str, object]) -> None:
         path = tmp_path / "settings.json"

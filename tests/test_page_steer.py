@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -9,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,13 +21,13 @@ from pages import Pages, chromium, served  # noqa: E402
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from test_finder import COMMIT, Hub, save, snapshot  # noqa: E402
-from test_previews import with_memory  # noqa: E402
 
 from app import checkpoints as app_checkpoints  # noqa: E402
 from app import previews  # noqa: E402
 from app.settings_store import SettingsStore  # noqa: E402
 from app.state import State  # noqa: E402
-from moepic_core.spec import Settings  # noqa: E402
+from moepic_core.calibrate import probe  # noqa: E402
+from moepic_core.spec import DeviceKind, MachineProfile  # noqa: E402
 
 GB = 10**9
 DEMO = "demo-random-moe"
@@ -36,10 +37,10 @@ CHUNK_BYTES = 4096
 class SlowHub(Hub):
     """Counts what it is asked for, and gives the second shard in pieces, the later ones only while it may."""
 
-    asked: list[str] = []
+    asked: ClassVar[list[str]] = []
     may_finish = threading.Event()
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802
         name = self.path.rpartition("/")[2]
         type(self).asked.append(name)
         if not name.startswith("model-00002"):
@@ -94,7 +95,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[..., Pa
 
 @pytest.fixture(scope="module")
 def state(home: Path) -> State:
-    given = {"device": "cpu", "link": "emulated:2GB/s", "context_length": 1024}
+    given = {"device": "cpu", "link": "emulated:2GB/s"}
     kept = SettingsStore(home / "settings.json", given)
     return State(kept.of(DEMO), kept)
 
@@ -127,8 +128,9 @@ def ready(page: Page) -> None:
 
 
 def choose(page: Page, picker: str, option: str) -> None:
+    page.locator(f"{picker} input").blur()  # a list opens when its field gets the focus
     page.locator(f"{picker} input").click()
-    page.get_by_role("option", name=re.compile(f"^{re.escape(option)}")).click()
+    page.locator(f'[role=option][aria-label^="{option}"]').click()
 
 
 def pick(page: Page, name: str) -> None:
@@ -163,8 +165,8 @@ def test_the_picker_says_what_each_checkpoint_is(page: Page) -> None:
 
 def test_what_is_incomplete_says_so(page: Page) -> None:
     choose(page, "#checkpoint", "org/part")
-    expect(page.locator(".verdict")).to_contain_text("incomplete here: ")
-    expect(page.locator(".verdict")).to_contain_text("2 of 3 weight files are missing")
+    expect(page.locator("#card .verdict")).to_contain_text("incomplete here: ")
+    expect(page.locator("#card .verdict")).to_contain_text("2 of 3 weight files are missing")
     expect(page.get_by_role("button", name="Download")).to_be_visible()
     choose(page, "#checkpoint", "Demo, random weights")
     ready(page)
@@ -186,9 +188,10 @@ def test_settings_change_while_the_model_answers(page: Page, state: State) -> No
     page.get_by_label("By hand").check()
     expect(split).to_be_enabled()
     split.focus()
-    page.keyboard.press("Home")
-    page.keyboard.press("ArrowRight")
-    expect(decided(page, "Cache")).to_contain_text("split ratio 0.05")
+    page.keyboard.press("End")
+    expect(decided(page, "Cache")).to_contain_text("split ratio 1.00")
+    page.keyboard.press("ArrowLeft")
+    expect(decided(page, "Cache")).to_contain_text("split ratio 0.95")
     choose(page, "#strategy", "adapmoe")
     expect(decided(page, "Why")).to_contain_text("adapmoe")
     length = len(answer.inner_text())
@@ -212,7 +215,7 @@ def test_the_predicted_speed_follows_the_slider_at_once(page: Page, state: State
     number = page.locator("[data-t=predicted]")
     expect(number).to_have_text(re.compile(r"^[\d.]+$"))
     slowest: Any = page.evaluate("""async () => {
-      const [range, number] = ["#slider input[type=range]", "[data-t=predicted]"].map((each) => document.querySelector(each));
+      const range = document.querySelector("#slider input[type=range]");
       const texts = [];
       const late = [];
       for (const part of [0, 0.25, 0.5, 0.75, 1, 0.1, 0.9, 0]) {
@@ -236,7 +239,9 @@ def test_the_predicted_speed_follows_the_slider_at_once(page: Page, state: State
     preview = state.preview(state.look().loaded.settings)  # type: ignore[union-attr]
     assert preview.forecast is not None and preview.budget_bytes is not None
     expect(number).to_have_text(f"{1 / preview.forecast.at(preview.budget_bytes, 'total_s'):.1f}")
-    expect(page.locator(".curve")).to_have_attribute("aria-label", re.compile("^Predicted time per token over the budget"))
+    expect(page.locator(".curve")).to_have_attribute(
+        "aria-label", re.compile("^Predicted time per token over the budget")
+    )
 
 
 def test_a_budget_can_be_typed(page: Page, state: State) -> None:
@@ -292,10 +297,14 @@ def test_another_link_asks_for_a_reload_and_keeps_the_conversation(page: Page) -
 def test_what_will_not_run_says_why_and_can_be_loaded_anyway(
     page: Page, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(previews, "probe", with_memory(30_000_000))
+    def full(device: DeviceKind) -> MachineProfile:
+        return dataclasses.replace(probe(device), device_free_bytes=5_000_000)
+
+    monkeypatch.setattr(previews, "probe", full)
+    monkeypatch.setattr(previews, "without", lambda machine, held: machine)  # what is loaded gives nothing back
     loads = state.look().loads
     choose(page, "#checkpoint", "Demo, comes with MoEpic")
-    expect(page.locator(".verdict")).to_contain_text("will not run: even without any cached expert it needs")
+    expect(page.locator("#card .verdict")).to_contain_text("will not run: even without any cached expert it needs")
     expect(page.locator(".memory .budget em")).to_have_text("does not fit")
     expect(page.locator(".memory .legend")).to_contain_text("KV cache")
     page.get_by_role("button", name="Load anyway").click()
@@ -306,7 +315,7 @@ def test_what_will_not_run_says_why_and_can_be_loaded_anyway(
 
 def test_a_download_can_be_cancelled_and_goes_on_with_what_is_missing(page: Page, state: State) -> None:
     pick(page, "org/model")
-    expect(page.locator(".verdict")).to_have_text(re.compile("not on this machine yet; Download fetches it"))
+    expect(page.locator("#card .verdict")).to_have_text(re.compile("not on this machine yet; Download fetches it"))
     page.get_by_role("button", name="Download").click()
     expect(page.locator(".progress")).to_contain_text(re.compile(r"downloading model: [\d.]+ kB of [\d.]+ kB"))
     blobs = state.kept._path.parent / "hub" / "models--org--model" / "snapshots" / COMMIT  # type: ignore[union-attr]
@@ -318,11 +327,11 @@ def test_a_download_can_be_cancelled_and_goes_on_with_what_is_missing(page: Page
         page.wait_for_timeout(50)
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("alert")).to_contain_text("org/model was not loaded: cancelled")
-    expect(page.locator(".verdict")).to_contain_text("1 of 2 weight files are missing")
+    expect(page.locator("#card .verdict")).to_contain_text("1 of 2 weight files are missing")
     SlowHub.asked.clear()
     SlowHub.may_finish.set()
     page.get_by_role("button", name="Download").click()
-    expect(page.locator(".facts")).to_contain_text("4 layers of 8 experts")
+    expect(page.locator("#card .facts")).to_contain_text("3 layers of 8 experts")
     ready(page)
     assert state.look().loaded.settings.checkpoint == "org/model"  # type: ignore[union-attr]
     assert second in SlowHub.asked
@@ -342,7 +351,7 @@ def test_a_folder_of_checkpoints_joins_the_list(page: Page, tmp_path: Path) -> N
     pick(page, str(tmp_path))
     expect(page.get_by_role("alert")).to_contain_text("holds 1 checkpoint")
     choose(page, "#checkpoint", "small · ")
-    expect(page.locator(".facts")).to_contain_text("handmade, 1 layers of 2 experts")
+    expect(page.locator("#card .facts")).to_contain_text("handmade, 1 layers of 2 experts")
 
 
 def test_every_control_has_a_name_and_an_explanation(page: Page) -> None:
@@ -366,7 +375,7 @@ def test_more_opens_and_closes_from_the_keyboard(page: Page) -> None:
     page.locator("#more").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#steer")).to_be_visible()
-    page.locator("#split input[type=range]").press("Escape")
+    page.get_by_label("By hand").press("Escape")
     expect(page.locator("#steer")).to_be_hidden()
     expect(page.locator("#more")).to_be_focused()
 

@@ -166,9 +166,16 @@ def test_stop_keeps_what_there_is_and_the_next_question_works() -> None:
 def test_an_error_is_one_sentence_under_the_message() -> None:
     talk = make("one ", error=BadSettings("the prompt is too long; shorten it"))
     beside = ask(talk)
+    assert [row["failed"] for row in json.loads(beside)["rows"]] == [False, True]
     assert texts(talk, beside) == ["Why?", "one "]
     assert notes(beside) == ["", "the prompt is too long; shorten it"]
     assert talk.state.told == ["the prompt is too long; shorten it"]  # type: ignore[attr-defined]
+
+
+def test_what_goes_to_the_panel_beside_has_no_html() -> None:
+    beside = ask(make(error=BadSettings(EVIL)))
+    assert "<" not in beside
+    assert notes(beside) == ["", EVIL]
 
 
 def test_a_mistake_of_ours_keeps_the_words_as_well() -> None:

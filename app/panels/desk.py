@@ -7,7 +7,8 @@ chosen for each checkpoint, and what the engine can change at once is changed at
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
@@ -31,6 +32,7 @@ class Desk:
     steer: steer.Steer
     budget: budget.Budget
     selection: gr.State  # Preview | None: what the picker points at
+    turn: threading.Lock = field(default_factory=threading.Lock)  # of changes that come quickly
 
     @property
     def fields(self) -> list[gr.components.Component]:
@@ -47,11 +49,14 @@ class Desk:
                 own.reserved, own.context, own.why]  # fmt: skip
 
     def shown(self, preview: Preview) -> list[Any]:
-        card = self._card(cards.model_card(preview))
         link = gr.Dropdown(choices=model.link_choices(preview.machine.device, preview.settings.link),
                            value=preview.settings.link)  # fmt: skip
-        return [preview, card, model.load_button(preview), *budget.shown(preview),
-                link, preview.settings.strategy, *steer.shown(preview.settings, preview)]  # fmt: skip
+        fields = [link, preview.settings.strategy, *steer.shown(preview.settings, preview)]
+        return [*self._cards(preview), *fields]
+
+    def _cards(self, preview: Preview) -> list[Any]:
+        card = self._card(cards.model_card(preview))
+        return [preview, card, model.load_button(preview), *budget.shown(preview)]
 
     def problem(self, error: MoepicError, settings: Settings | None = None) -> list[Any]:
         """The card says what is wrong; the fields stay as they are, or show `settings`."""
@@ -92,19 +97,26 @@ class Desk:
         return self.refresh()
 
     def change(self, checkpoint: str | None, *values: Any) -> list[Any]:
+        """A field was changed. Fields stay as they are, since they may have been changed again meanwhile."""
+        wanted = changes(*values)
         try:
-            return self._apply(checkpoint, changes(*values))
+            with self.turn:
+                preview = self._apply(checkpoint, wanted)
         except MoepicError as error:
             return self.problem(error)
+        _, split, *_, why = steer.shown(preview.settings, preview)
+        if wanted["split"] is not None:
+            split = gr.Slider(interactive=True)
+        return [*self._cards(preview), *[gr.skip()] * 3, split, *[gr.skip()] * 4, why]
 
     def automatic(self, checkpoint: str | None) -> list[Any]:
         start = Settings("")
         try:
-            return self._apply(checkpoint, {name: getattr(start, name) for name in LIVE})
+            return self.shown(self._apply(checkpoint, {name: getattr(start, name) for name in LIVE}))
         except MoepicError as error:
             return self.problem(error)
 
-    def _apply(self, checkpoint: str | None, changes: dict[str, Any]) -> list[Any]:
+    def _apply(self, checkpoint: str | None, changes: dict[str, Any]) -> Preview:
         """What changes without a load does so at once; the rest is shown as it would be. Kept when it is possible."""
         self.state.clear_notice()
         settings, loaded = self.settings(checkpoint), self.state.look().loaded
@@ -115,7 +127,7 @@ class Desk:
             self.state.reconfigure(**live)
         preview = self.state.preview(wanted)
         self._keep(wanted.checkpoint, changed)
-        return self.shown(preview)
+        return preview
 
     def _keep(self, checkpoint: str, changed: dict[str, Any]) -> None:
         kept = self.state.kept
@@ -138,7 +150,7 @@ class Desk:
             return [gr.skip()] * len(self.outputs)
         name = preview.settings.checkpoint
         try:
-            return self._apply(name, {"vram": budget.wanted_vram(preview, gigabytes)})
+            return self.shown(self._apply(name, {"vram": budget.wanted_vram(preview, gigabytes)}))
         except MoepicError as error:
             self.state.tell("error", str(error))
             return self.shown(self.state.preview(preview.settings))
@@ -222,7 +234,8 @@ def wire(desk: Desk, page: gr.Blocks) -> None:
     chosen.checkpoint.input(desk.pick, chosen.checkpoint, picked, **quiet)
     inputs = [chosen.link.input, chosen.strategy.input, own.eviction.input, own.prefetch.input, own.by_hand.input,
               own.split.release, own.context.submit, own.context.blur]  # fmt: skip
-    gr.on(inputs, desk.change, [chosen.checkpoint, *desk.fields], desk.outputs, **last)
+    each: dict[str, Any] = {"trigger_mode": "multiple", **quiet}  # none of quick changes may be lost
+    gr.on(inputs, desk.change, [chosen.checkpoint, *desk.fields], desk.outputs, **each)
     own.automatic.click(desk.automatic, chosen.checkpoint, desk.outputs, **quiet)
     own.reserved.release(desk.reserve, [desk.selection, own.reserved], desk.outputs, **last)
     bar.slider.input(desk.slide, [desk.selection, bar.slider], bar.bar, **last)

@@ -81,8 +81,8 @@ def experts() -> str:
     head = (
         f"<h2>Experts</h2><span class='note'>{_value('on-device')} {term('on the device', 'on_device')}</span>"
         f"<span class='note'>{_key('whole')}{term('whole', 'residency')} {_value('whole')}</span>"
-        f"<span class='note'>{_key('tops')}top {_value('tops')}</span>"
-        f"<span class='note'>{_key('nothing')}host only</span>"
+        f"<span class='note'>{_key('tops')}{term('top', 'residency')} {_value('tops')}</span>"
+        f"<span class='note'>{_key('nothing')}{term('host only', 'residency')}</span>"
         f"<span class='note cut'>stronger: {term('used more', 'use')}</span>"
         f"{_choice('order', 'Order of experts', {'use': 'most used first', 'number': 'by number'})}"
     )
@@ -96,7 +96,8 @@ def last_token() -> str:
         f"<span class='note'>{term('overlap', 'token_overlap')} {_value('overlap')}</span>"
         f"<span class='note cut'>{term('prefetch accuracy', 'prefetch_accuracy')} {_value('accuracy')}</span>"
         f"<span class='note end'>{_key('compute')}compute</span>"
-        f"<span class='note'>{_key('demand')}demand</span><span class='note'>{_key('prefetch')}prefetch</span>"
+        f"<span class='note'>{_key('demand')}{term('demand', 'demand_bytes')}</span>"
+        f"<span class='note'>{_key('prefetch')}{term('prefetch', 'prefetch_bytes')}</span>"
     )
     return _panel("token", head, _canvas("token"))
 
