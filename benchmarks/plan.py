@@ -2,8 +2,9 @@
 
 `python -m benchmarks.plan [--layers 64] [--experts 256] [--top-k 8] [--tokens 5000] [--rounds 5]`. A made-up large
 model on a made-up machine, with a synthetic trace. Statistics (what any size of cache would have hit) are prepared once
-for a trace and serve every budget; then come the first plan, a plan for one more budget, and a curve of 40 budgets as
-under the slider. One thread. The last line is one JSON object.
+for a trace and serve every budget; of a model this large they cover the newest 1,024 tokens (`tokens_replayed`). Then
+come the first plan, a plan for one more budget, and a curve of 40 budgets as under the slider. One thread. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from statistics import median
 
 from benchmarks.common import ForeignLoad, report
 from moepic_core.costs import Costs, LayerCosts
-from moepic_core.planner import Needs, Outlook
+from moepic_core.planner import EXPERTS_REPLAYED, FEWEST_TOKENS, Needs, Outlook
 from moepic_core.spec import MoeLayer, Settings
 from moepic_core.synthetic import HABITS, synthesize
 
@@ -38,6 +39,7 @@ def main() -> None:
         after_s=2e-4, link_bytes_per_s=20e9, link_latency_s=1e-5, chunk_bytes=2 << 20, source="estimated",
     )  # fmt: skip
     trace = synthesize(HABITS[HABIT], options.layers, options.experts, options.top_k, options.tokens)
+    replayed = min(options.tokens, max(FEWEST_TOKENS, EXPERTS_REPLAYED // (options.layers * options.experts)))
     foreign, times = ForeignLoad(), []
     for _ in range(options.rounds):
         start = time.perf_counter()
@@ -53,11 +55,11 @@ def main() -> None:
     for part, seconds in medians.items():
         print(f"{part:14} {seconds:6.3f}")
     print(plan.reason)
+    slowest = max(first for _, first, _, _ in times)
     report("plan", {
         "layers": options.layers, "experts": options.experts, "top_k": options.top_k, "tokens": options.tokens,
-        "rounds": options.rounds, "foreign_cores": foreign.cores(), **medians, "slowest_first_plan_s": max(
-            first for _, first, _, _ in times
-        ),
+        "tokens_replayed": replayed, "rounds": options.rounds, "foreign_cores": foreign.cores(), **medians,
+        "slowest_first_plan_s": slowest,
     })  # fmt: skip
 
 
