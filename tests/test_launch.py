@@ -218,7 +218,7 @@ def test_the_test_command_runs_every_check_and_keeps_the_first_failure(
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         ["mypy"],
-        ["pytest", "-rs", "-k", "planner"],
+        ["pytest", "-rs", *launch.SIDE_BY_SIDE, "-k", "planner"],
     ]
 
 
