@@ -93,7 +93,7 @@ class MadeUp(State):
         verdict = judge(SPEC, NEEDS, MACHINE, settings.link)
         return Preview(self.settings, MACHINE, self._link, SPEC, NEEDS, verdict, 20 * GB, True)
 
-    def load(self, settings: Settings) -> None:
+    def load(self, settings: Settings, anyway: bool = False) -> None:
         """It is loaded already."""
 
     def reply(self, *_: Any, stopped: Callable[[], bool], **__: Any) -> Iterator[Answer]:
@@ -276,7 +276,7 @@ def browser_cost(browser: Browser, address: str, seconds: float) -> dict[str, fl
 
 def decode_cost(browser: Browser, checkpoint: str, num_tokens: int, num_rounds: int) -> dict[str, Any]:
     """Decode speed with the page open, as a share of the speed with it closed."""
-    state = State(Settings.create(checkpoint=checkpoint, device="cpu", link="pcie3x16", vram="50%"))
+    state = State(Settings.create(checkpoint=checkpoint, device="cpu", link="pcie3x16", vram="50% of experts"))
     addresses: list[str] = []
     ready = threading.Event()
     server = serve(state, lambda address: (addresses.append(address), ready.set()))

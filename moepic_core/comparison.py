@@ -51,7 +51,7 @@ def _reply(engine: Engine, prompt: Prompt, name: str, done: int, replies: int, t
     """What one reply cost, after `done` of so many `replies`."""
     tokens = 1 + WARM_UP + MOST
     made, first_s = 0, time.perf_counter()
-    tell(done / replies, name)  # before a reply begins, because one that was never looked at cannot be closed
+    tell(done / replies, name)
     reply = engine.generate(prompt, Sampling(max_new_tokens=tokens, ignore_eos=True))
     with closing(cast("Generator[Event]", reply)) as events:
         for event in events:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from .arena import is_out_of_memory
 from .assembly import Parts, Progress, assemble
 from .cost_fit import Run
 from .costs import Costs, LinkSpeed
-from .errors import BadSettings, Cancelled, MoepicError, OutOfRoom
+from .errors import BadSettings, Cancelled, MoepicError, OutOfRoom, TransferFailed
 from .events import Done, Event, FinishReason, Notice, PromptRead, TokenMade
 from .hf.text import Message, Sampler, Sampling
 from .link_probe import probe_link
@@ -297,6 +297,9 @@ class Engine:
                     self.residency.forget_guesses()
                     if self.steering.due:
                         self._apply(self._plan(self.settings))
+                        # Another split ratio has emptied the cache; what fails here will be loaded when it is needed.
+                        with suppress(Cancelled, TransferFailed):
+                            self.residency.warm_up()
 
     def _tokens(self, ids: list[int], sampling: Sampling) -> Iterator[Event]:
         """Prefill in chunks, then one token per pass, until an end; a stop ends it quietly."""

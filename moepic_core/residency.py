@@ -20,6 +20,7 @@ import torch
 from .activation_matrices import ActivationMatrices
 from .arena import Arena
 from .device_cache import LayerCache, Slot
+from .errors import MoepicError
 from .eviction import EvictionPolicy, make_policy
 from .geometry import Segment, record_stride, segment
 from .host_store import HostStore
@@ -123,7 +124,10 @@ class Residency:
                         policy.touch(expert, now)
 
     def warm_up(self) -> None:
-        """Fills free slots with the tops that the eviction policies rank highest."""
+        """Fills free slots with the tops that the eviction policies rank highest.
+
+        Raises Cancelled and TransferFailed; what had not arrived by then is not cached, and the books balance.
+        """
         for layer, (cache, policy) in enumerate(zip(self.caches, self.policies, strict=True)):
             missing = [expert for expert in policy.ranking(self.token) if cache.find(expert) is None]
             loads = []
@@ -133,8 +137,15 @@ class Residency:
                     break
                 cache.claim(slot, expert)
                 loads.append((slot, self.load_top(layer, slot)))
-            for slot, ticket in loads:
-                ticket.wait(self.cancelled)
+            for place, (slot, ticket) in enumerate(loads):
+                try:
+                    ticket.wait(self.cancelled)
+                except MoepicError:
+                    for waiting, travelling in loads[place:]:
+                        self.transfer.cancel(travelling)
+                        travelling.settle()
+                        cache.forget(waiting)
+                    raise
                 cache.arrived(slot)
                 cache.release(slot, None)
         self.transfer.drain_events()

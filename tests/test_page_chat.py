@@ -216,7 +216,13 @@ def test_an_answer_that_fails_says_why_and_one_goes_on(page: Page) -> None:
 def test_a_new_question_is_seen_wherever_one_had_scrolled_to(page: Page) -> None:
     for count in range(4):
         ask(page, f"rich {count}")
-    page.locator("#conversation .bubble-wrap").evaluate("window => window.scrollTo(0, 0)")
+    # Again until it stays: the last update of the answer before scrolls down once more.
+    stays = """() => {
+      const chat = document.querySelector("#conversation .bubble-wrap"), was = chat.scrollTop;
+      chat.scrollTo(0, 0);
+      return was === 0;
+    }"""
+    page.wait_for_function(stays, polling=400)
     expect(questions(page).first).to_be_in_viewport()
     ask(page, "the newest")
     expect(answers(page).last).to_be_in_viewport()

@@ -155,6 +155,22 @@ def test_a_transfer_that_always_fails_ends_the_step_and_leaves_everything_usable
     )
 
 
+def test_a_stop_while_warming_up_leaves_nothing_half_arrived() -> None:
+    rig = Rig(room_records=2)
+    for layer in range(NUM_LAYERS):
+        for expert in range(NUM_EXPERTS):
+            rig.residency.policies[layer].touch(expert, 0)
+    rig.stopped = True
+    with pytest.raises(Cancelled):
+        rig.residency.warm_up()
+    rig.residency.check()
+    assert not any(map(any, rig.residency.where()))
+    rig.stopped = False
+    rig.residency.warm_up()
+    rig.residency.check()
+    assert any(map(any, rig.residency.where()))
+
+
 def stopped_pieces(rig: Rig, step: Step) -> Iterator[Piece]:
     """The pieces of a step during which the user stops."""
     with step:
