@@ -84,6 +84,7 @@ def configuration(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
 
 def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, work: Path) -> Qwen3MoeForCausalLM:
     """The trained model in float32; its progress is in `work`/train.jsonl, its newest state in `work`/state.pt."""
+    work = work.absolute()  # a file:// address with a relative path would be taken for a host
     work.mkdir(parents=True, exist_ok=True)
     workers = 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
     rendezvous = work / "rendezvous"
