@@ -7,7 +7,6 @@ downloaded here: a hub id that is not wholly on this machine has no folder, and 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from moepic_core.finder import CheckpointEntry
 
 from . import demo_checkpoint
 
-NUM_PROMPTS, LONGEST_PROMPT = 6, 300  # suggested ones, and their letters
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "demo-moe"
 
 
@@ -103,14 +101,3 @@ def _cached(name: str) -> CheckpointEntry | None:
 
 def _may_be_hub_id(name: str) -> bool:
     return name[:1].isalnum() and name.count("/") <= 1 and not Path(name).is_dir()
-
-
-def suggested_prompts(folder: str) -> tuple[str, ...]:
-    """First prompts that a checkpoint names in its `moepic.json`; none when it has no such list of texts."""
-    try:
-        found = json.loads((Path(folder) / "moepic.json").read_bytes())
-    except (OSError, ValueError, RecursionError):  # most checkpoints have none, and one can do without
-        return ()
-    prompts = found.get("suggested_prompts") if isinstance(found, dict) else None
-    texts = [text for text in prompts if isinstance(text, str) and text.strip()] if isinstance(prompts, list) else []
-    return tuple(text[:LONGEST_PROMPT] for text in texts[:NUM_PROMPTS])

@@ -6,7 +6,6 @@ left behind.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from .arena import Arena
 from .calibrate import probe
 from .checkpoint import read_spec
+from .errors import BadCheckpoint
+from .extras import brought_routing
 from .finder import resolve
 from .hf.experts import ExpertLayer, install, router_of
 from .hf.loading import load_model
@@ -34,6 +35,7 @@ from .spec import MachineProfile, ModelSpec, Settings
 from .steering import Steering
 from .telemetry import Telemetry
 from .transfer.base import Transfer
+from .turn import Turn
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
@@ -50,7 +52,8 @@ class Parts:
     needs: Needs
     steering: Steering
     notices: tuple[str, ...]
-    stop: threading.Event  # set: the running pass ends within a layer
+    turn: Turn
+    context_length: int
 
 
 def assemble(
@@ -114,14 +117,18 @@ def _connect(
     for kind, nbytes in (("resident", needs.resident), ("kv", needs.kv), ("workspace", needs.workspace)):
         arena.reserve(kind, nbytes)
     telemetry = Telemetry(len(layers), max(layer.num_experts for layer in spec.moe_layers), spec.top_k)
-    stop = threading.Event()
+    turn = Turn()
     transfer = _transfer(link, device)
     dtype = getattr(torch, spec.dtype)
-    residency = Residency(spec.moe_layers, dtype, store, transfer, arena, telemetry, stop.is_set)
+    residency = Residency(spec.moe_layers, dtype, store, transfer, arena, telemetry, turn.stop.is_set)
     install(model, layers, list(modules.values()), residency)
-    steering = Steering(spec, machine, link.label, needs, telemetry, memory)
     notices = _notices(spec, store, layers, found.continues)
-    return Parts(settings, spec, machine, link, hf, text, residency, needs, steering, notices, stop)
+    try:
+        brought = brought_routing(spec)
+    except BadCheckpoint as error:  # planning does without it
+        brought, notices = None, (*notices, f"routing that came with the checkpoint is not used: {error}")
+    steering = Steering(spec, machine, link.label, needs, telemetry, memory, brought)
+    return Parts(settings, spec, machine, link, hf, text, residency, needs, steering, notices, turn, context)
 
 
 def _notices(spec: ModelSpec, store: HostStore, layers: list[ExpertLayer], continues: bool) -> tuple[str, ...]:

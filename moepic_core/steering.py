@@ -35,14 +35,16 @@ class Steering:
         needs: Needs,
         telemetry: Telemetry,
         memory: Memory,
+        brought: RoutingTrace | None = None,
     ) -> None:
+        """`brought` is routing that came with the checkpoint; what was recorded here takes its place."""
         self.spec = spec
         self.needs = needs
         self.telemetry = telemetry
         self.memory = memory
         self._key = costs_key(spec, machine, link_label)
         self.costs = memory.costs(self._key)
-        self.earlier = memory.trace(spec.fingerprint)
+        self.earlier = memory.trace(spec.fingerprint) or brought
         self._new_tokens = 0  # made since the last plan
         self._known_tokens = 0  # that it stands on
 

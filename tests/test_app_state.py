@@ -140,7 +140,7 @@ def test_another_model_takes_over(state: State, checkpoints: Callable[..., Path]
     assert look.loaded is not None
     assert look.loaded.spec.model_type == "mixtral"
     assert first is not None
-    assert first._closed
+    assert first.turn.closed
 
 
 def test_one_load_at_a_time_and_it_can_be_cancelled(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +335,7 @@ def test_the_bundled_model_is_the_default_and_knows_its_facts() -> None:
         look = state.look()
         assert look.loaded is not None
         assert look.loaded.spec.num_parameters < 20_000_000
-        prompts = checkpoints.suggested_prompts(look.loaded.spec.path)
+        prompts = suggested_prompts(Path(look.loaded.spec.path))
         assert prompts[0] == "What is a split ratio?"
     finally:
         state.close()

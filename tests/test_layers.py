@@ -23,11 +23,11 @@ LAYERS = {
     "workload cost_model split_search allocation shares frontier planner needs simulated_link simulated_layer "
     "simulated_engine simulator presets synthetic verdict ablation",
     "bytes": "folders safetensors_header shards model_config checkpoint lazy_tensors finder packing expert_math "
-    "trace_file memory",
+    "trace_file extras memory",
     "places": "transfer.base transfer.clocks transfer.ledger transfer.pinning transfer.thread transfer.cuda "
     "arena host_store device_cache staging calibrate",
-    "joint": "residency step link_probe hf.loading hf.model hf.text hf.experts hf.probe steering assembly",
-    "whole": "engine calibration comparison",
+    "joint": "residency step link_probe hf.loading hf.model hf.text hf.experts hf.probe steering turn assembly",
+    "whole": "governor passes replies engine measuring calibration comparison",
     "door": "cli_planning cli __main__",
 }
 ORDER = [module for row in LAYERS.values() for module in row.split()]
@@ -40,7 +40,7 @@ PRIVILEGES = {
     "huggingface_hub": ("finder",),
     "psutil": ("calibrate",),
     "ctypes": ("transfer.",),
-    "threading": ("transfer.", "assembly", "engine", "telemetry", "finder"),  # the last three for one lock each
+    "threading": ("transfer.", "turn", "telemetry", "finder"),  # the last three for one lock each
     "argparse": ("cli", "cli_planning"),
     **dict.fromkeys(("asyncio", "concurrent", "multiprocessing", "queue", "subprocess", "socket"), ()),
     **dict.fromkeys(("app", "launch", "gradio", "plotly"), ()),

@@ -9,11 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from .. import checkpoints
+from moepic_core.extras import suggested_prompts
+
 from ..talk import Talk, View
 from . import answers as answers_panel
 from .answers import Answers
@@ -99,7 +101,7 @@ def wire(chat: Chat, open_: gr.HTML, answers: Answers, page: gr.Blocks, refresh:
 
     def suggest() -> gr.Chatbot:
         loaded = talk.state.look().loaded
-        suggested = checkpoints.suggested_prompts(loaded.spec.path) if loaded else ()
+        suggested = suggested_prompts(Path(loaded.spec.path)) if loaded else ()
         return gr.Chatbot(examples=[{"text": text} for text in suggested or EXAMPLES])
 
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
