@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moepic_core.budgets import Needs
 from moepic_core.costs import Breakdown, Costs
 from moepic_core.hit_curves import belady_hits, hit_curve, ranks
-from moepic_core.planner import Needs, make_plan, what_if
+from moepic_core.planner import make_plan, what_if
 from moepic_core.routing import RoutingTrace
 from moepic_core.simulator import simulate
 from moepic_core.spec import LayerPlan, Settings

@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from moepic_core.budgets import Needs
 from moepic_core.costs import Costs
-from moepic_core.planner import Needs, what_if
+from moepic_core.planner import what_if
 from moepic_core.routing import RoutingTrace
 from moepic_core.spec import Settings
 

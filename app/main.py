@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import gradio as gr
+import orjson
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, Response
 from starlette.middleware import Middleware
 from starlette.routing import Mount
 
@@ -122,9 +123,9 @@ def build_app(
     app = FastAPI(openapi_url=None, lifespan=watching, middleware=[Middleware(Guard, hosts=hosts, login=auth)])
 
     @app.get("/ui/live")
-    def live(seen: str = "") -> JSONResponse:
-        answer = {**watch.live(seen), "conversations": store.version(), "server": server}
-        return JSONResponse(answer, headers={"Cache-Control": "no-store"})
+    def live(seen: str = "", panels: bool = True) -> Response:
+        answer = {**watch.live(seen, panels), "conversations": store.version(), "server": server}
+        return Response(orjson.dumps(answer), media_type="application/json", headers={"Cache-Control": "no-store"})
 
     add_routes(app, store)
     explore_routes.add_routes(app, workshop)
@@ -139,6 +140,7 @@ def build_app(
             return Response(status_code=404)
         return FileResponse(assets.FOLDER / name, headers={"Cache-Control": "no-cache"})
 
+    assets.run_first()
     gr.mount_gradio_app(
         app,
         build_page(state, store),

@@ -10,12 +10,13 @@ from typing import Literal
 
 import numpy as np
 
+from moepic_core.budgets import HEADROOM, Needs
 from moepic_core.costs import Breakdown
 from moepic_core.events import FinishReason
 from moepic_core.links import Link
 from moepic_core.metrics import Reply, Snapshot
-from moepic_core.planner import HEADROOM, Needs, uniform_plan
 from moepic_core.spec import MachineProfile, ModelSpec, Plan, Settings
+from moepic_core.uniform import uniform_plan
 from moepic_core.verdict import Verdict
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moepic_core.budgets import Needs, budget_bytes
 from moepic_core.calibrate import probe
 from moepic_core.checkpoint import read_spec
 from moepic_core.costs import Costs
@@ -19,7 +20,6 @@ from moepic_core.folders import user_folder
 from moepic_core.links import parse_link
 from moepic_core.memory import Memory
 from moepic_core.needs import needs_of
-from moepic_core.planner import Needs, budget_bytes
 from moepic_core.routing import RoutingTrace
 from moepic_core.spec import MachineProfile, ModelSpec, Plan, Settings
 from moepic_core.steering import Steering, costs_key

@@ -29,7 +29,8 @@ from .state import State
 from .terms import CEILING_TOKENS, HISTORY_TOKENS, TRAFFIC_WINDOW_S
 
 CEILING_PERIOD_S = 4.0
-CALM = 50  # while the model answers, the ceiling takes one part in so many of the time
+INTEREST_S = 10.0  # after the last page that shows panels has asked for them, nothing is computed for them any more
+CALM = 200  # while the model answers, the ceiling takes one part in so many of the time
 
 
 class Watch:
@@ -42,6 +43,7 @@ class Watch:
         self._lock = threading.Lock()  # around the listener: tabs ask at the same time
         self._ceiling: Ceiling | None = None
         self._ceiling_of = (0, 0)  # loads and version of the snapshot that it is of
+        self._asked_s = -INTEREST_S  # when panels were asked for
         self._sampler: Sampler | None = None
         self._repeater: Repeater | None = None
 
@@ -54,17 +56,23 @@ class Watch:
             if thread is not None:
                 thread.close()
 
-    def live(self, seen: str = "") -> dict[str, Any]:
-        """All that moves on the page. A page that has `seen` the present version gets the hardware alone anew."""
+    def live(self, seen: str = "", panels: bool = True) -> dict[str, Any]:
+        """All that moves on the page. A page that has `seen` the present version gets the hardware alone anew.
+
+        Without `panels`, when nobody sees them, it is what the header shows.
+        """
         look, ceiling = self._state.look(), self._ceiling
+        shown = views.live(look)
+        if self._state.comparing:
+            shown["status"] = "comparing settings"
+        if not panels:
+            return shown
+        self._asked_s = time.monotonic()
         if ceiling is not None and ceiling.loads != look.loads:
             ceiling = None
         with self._lock:
             heard = self._listener.hear(self._state.telemetry, time.perf_counter())
         sample = self._sampler.last if self._sampler is not None else None
-        shown = views.live(look)
-        if self._state.comparing:
-            shown["status"] = "comparing settings"
         answer = {
             **shown,
             "version": f"{look.loads}-{look.snapshot.version if look.snapshot else 0}-{hash(ceiling)}",
@@ -73,6 +81,8 @@ class Watch:
         return answer if answer["version"] == seen else {**answer, "see": see(look, heard, ceiling)}
 
     def _find_ceiling(self, closed: threading.Event) -> None:
+        if time.monotonic() - self._asked_s > INTEREST_S:
+            return
         look, telemetry = self._state.look(), self._state.telemetry
         loaded, snapshot = look.loaded, look.snapshot
         if loaded is None or snapshot is None or snapshot.plan is None or telemetry is None:

@@ -391,6 +391,7 @@ Object.assign(window.MoEpic, (() => {
       KeyN: startNew,
       KeyM: () => messageBox()?.focus(),
       KeyL: () => side(!isSideOpen()),
+      KeyE: () => find(".top .fold").click(),
       KeyK: () => {
         side(true);
         part("input[type=search]").focus();

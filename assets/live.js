@@ -15,8 +15,11 @@ MoEpic.see = (() => {
   let root = null;
   let live = null; // what is shown
   let drawn = null; // the part `see` of what is drawn
-  let palette = {};
+  let palette = {}; // colours, patterns and the font, until the theme changes
   const chosen = { scope: "last", order: "use" };
+  const onScreen = new Set(); // names of panels; the others are not drawn, and when there is none nothing is asked
+  const sizes = new Map(); // canvas → its size in CSS pixels: asking for it would have the browser lay the page out
+  const written = new Map(); // name → places of that text, panel by panel
 
   // ---- mounting ----
 
@@ -26,8 +29,31 @@ MoEpic.see = (() => {
       for (const button of root.querySelectorAll(`[data-${name}]`)) button.onclick = () => choose(name, button);
     }
     for (const [name, where] of Object.entries(UNDER_POINTER)) followPointer(canvas(name), where);
-    new ResizeObserver(repaint).observe(root);
-    new MutationObserver(repaint).observe(document.body, { attributeFilter: ["class"] }); // light or dark
+    for (const place of root.querySelectorAll("[data-t]")) {
+      const { t } = place.dataset;
+      written.set(t, [...(written.get(t) ?? []), place]);
+    }
+    const resized = new ResizeObserver((changes) => {
+      for (const { target, contentRect } of changes) sizes.set(target, contentRect);
+      repaint();
+    });
+    for (const place of root.querySelectorAll("canvas")) resized.observe(place);
+    const seen = new IntersectionObserver((changes) => {
+      for (const { target, isIntersecting } of changes) {
+        onScreen[isIntersecting ? "add" : "delete"](target.dataset.p);
+      }
+      MoEpic.seePanels(onScreen.size > 0);
+      repaint();
+    });
+    for (const panel of root.querySelectorAll(".panel")) seen.observe(panel);
+    let isDark = null;
+    const lit = () => {
+      if (isDark === (isDark = document.body.classList.contains("dark"))) return;
+      palette = {};
+      repaint();
+    };
+    lit();
+    new MutationObserver(lit).observe(document.body, { attributeFilter: ["class"] });
     MoEpic.listen(update);
   }
 
@@ -43,22 +69,23 @@ MoEpic.see = (() => {
     root.classList.toggle("lost", answer === null);
     if (answer === null) return; // the header says that the server is gone; what was shown stays, paler
     live = answer;
-    showHardware(live.hardware);
+    if (live.hardware && onScreen.has("hardware")) showHardware(live.hardware);
     if (live.see !== drawn) repaint();
   }
 
   function repaint() {
-    if (!live?.see || root.clientWidth === 0) return;
+    if (!live?.see) return;
     drawn = live.see;
-    palette = {};
-    for (const panel of Object.values(PANELS)) panel(live.see);
+    for (const [name, draw] of Object.entries(PANELS)) {
+      if (onScreen.has(name)) draw(live.see);
+    }
   }
 
   const canvas = (name) => root.querySelector(`[data-c=${name}]`);
 
   function write(texts) {
     for (const [name, text] of Object.entries(texts)) {
-      for (const place of root.querySelectorAll(`[data-t="${name}"]`)) MoEpic.say(place, text);
+      for (const place of written.get(name) ?? []) MoEpic.say(place, text);
     }
   }
 
@@ -73,8 +100,7 @@ MoEpic.see = (() => {
   // A pen for the canvas `name`, cleared and sized to its place, in CSS pixels.
   function pen(name, label) {
     const place = canvas(name);
-    const width = place.clientWidth;
-    const height = place.clientHeight;
+    const { width, height } = sizes.get(place) ?? { width: 0, height: 0 };
     const scale = devicePixelRatio || 1;
     if (place.width !== Math.round(width * scale) || place.height !== Math.round(height * scale)) {
       place.width = Math.round(width * scale);
@@ -83,7 +109,7 @@ MoEpic.see = (() => {
     const ink = place.getContext("2d");
     ink.setTransform(scale, 0, 0, scale, 0, 0);
     ink.clearRect(0, 0, width, height);
-    ink.font = `11px ${getComputedStyle(place).fontFamily}`;
+    ink.font = palette.font ??= `11px ${getComputedStyle(root).fontFamily}`;
     ink.textBaseline = "middle";
     if (place.getAttribute("aria-label") !== label) place.setAttribute("aria-label", label);
     return { ink, width, height };
@@ -466,9 +492,10 @@ MoEpic.see = (() => {
       const meter = root.querySelector(`[data-m="${name}"]`);
       if (!meter) continue; // the one that the bar shows already
       meter.classList.toggle("absent", words === "not available");
-      MoEpic.say(meter.querySelector("b[data-t]"), words);
+      write({ [name]: words });
       const bar = meter.querySelector("i > b");
-      bar.style.width = `${100 * (share ?? 0)}%`;
+      const wanted = `scaleX(${(share ?? 0).toFixed(2)})`;
+      if (bar.style.transform !== wanted) bar.style.transform = wanted;
       bar.classList.toggle("full", share > 0.97);
     }
     const named = root.querySelector("[data-t=source]");
@@ -483,10 +510,14 @@ MoEpic.see = (() => {
     const device = root.querySelector(".device");
     device.classList.toggle("absent", memory === null);
     MoEpic.say(device.querySelector("[data-t=memory]"), memory ? memory.text : "not available");
-    if (memory === null) return bar.replaceChildren();
+    if (memory === null) {
+      delete bar.dataset.tip;
+      return bar.replaceChildren();
+    }
     MoEpic.say(device.querySelector(".term"), memory.name);
     const lines = memory.parts.filter((part) => part.share > 0).map((part) => `${part.label} ${part.text}`);
     if (memory.budget) lines.push(`Budget ${memory.budget.text}`);
+    if (bar.dataset.tip === lines.join("\n")) return;
     bar.dataset.tip = lines.join("\n");
     bar.setAttribute("aria-label", `${memory.name}, ${memory.text} used: ${lines.join(", ")}`);
     const pieces = memory.parts.map((part) => {
@@ -551,7 +582,7 @@ MoEpic.see = (() => {
   document.addEventListener("close", hideTip, { capture: true });
   document.addEventListener("scroll", hideTip, { capture: true, passive: true });
 
-  const PANELS = { drawSpeed, drawLayers, drawHeat, drawToken };
+  const PANELS = { speed: drawSpeed, layers: drawLayers, heat: drawHeat, token: drawToken };
   const UNDER_POINTER = {
     speed: (x, y, width) => {
       const { rates } = live.see.speed;

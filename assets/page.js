@@ -8,6 +8,7 @@ window.MoEpic ??= (() => {
   let latest = null; // the newest answer of the server
   let failures = 0;
   let timer = 0;
+  let arePanelsSeen = false; // else the server is asked for the header alone
 
   // ---- asking the server ----
 
@@ -28,8 +29,8 @@ window.MoEpic ??= (() => {
 
   async function ask() {
     try {
-      const seen = encodeURIComponent(latest?.version ?? "");
-      const answer = await fetch(new URL(`ui/live?seen=${seen}`, document.baseURI), { cache: "no-store" });
+      const query = new URLSearchParams({ seen: latest?.version ?? "", panels: arePanelsSeen });
+      const answer = await fetch(new URL(`ui/live?${query}`, document.baseURI), { cache: "no-store" });
       const live = answer.ok ? await answer.json() : null;
       if (live) live.see ??= latest?.see; // left out when it is what we have seen already
       latest = live;
@@ -43,6 +44,13 @@ window.MoEpic ??= (() => {
   function listen(draw) {
     listeners.add(draw);
     if (latest) draw(latest);
+  }
+
+  // Whether any of the panels that show the engine is on the screen.
+  function seePanels(areSeen) {
+    const isNew = areSeen && !arePanelsSeen;
+    arePanelsSeen = areSeen;
+    if (isNew) poll();
   }
 
   function pollSoon() {
@@ -109,6 +117,7 @@ window.MoEpic ??= (() => {
       say(find("notice"), live.notice.text);
     });
     theme(element.querySelector(".theme"));
+    fold(element.querySelector(".fold"));
     poll();
   }
 
@@ -122,5 +131,19 @@ window.MoEpic ??= (() => {
     };
   }
 
-  return { header, listen, say, make, follow };
+  // The column of model and engine, and the room that it takes from the chat.
+  function fold(button) {
+    const draw = (isFolded) => {
+      document.body.classList.toggle("is-folded", isFolded);
+      button.setAttribute("aria-expanded", String(!isFolded));
+    };
+    draw(localStorage.getItem("moepic-engine") === "hidden");
+    button.onclick = () => {
+      const isFolded = !document.body.classList.contains("is-folded");
+      localStorage.setItem("moepic-engine", isFolded ? "hidden" : "");
+      draw(isFolded);
+    };
+  }
+
+  return { header, listen, seePanels, say, make, follow };
 })();

@@ -31,6 +31,7 @@ from moepic_core.cost_model import predict
 from moepic_core.engine import Engine
 from moepic_core.events import Done
 from moepic_core.hf.text import Sampling
+from moepic_core.measuring import start_over
 from moepic_core.routing import RoutingTrace
 from moepic_core.simulator import simulate
 from moepic_core.spec import STRATEGIES, Plan, Settings
@@ -156,7 +157,7 @@ def play(
     budget = engine.needs.fixed + engine.needs.staging_records * engine.needs.record + int(cell.share * experts)
     defaults = {"split": None, "eviction": "auto", "prefetch": "auto"}
     cell.plan = plan = engine.reconfigure(vram=budget, **{**defaults, **changes})
-    engine.start_over(earlier)
+    start_over(engine, earlier)
     engine.hf.forget()
     first = None
     seconds, tokens = 0.0, 0

@@ -30,10 +30,11 @@ from app.main import Server, build_app
 from app.nouns import Answer, Loaded, Look, Preview
 from app.state import State
 from benchmarks.common import interleave, report
+from moepic_core.budgets import Needs
 from moepic_core.links import parse_link
-from moepic_core.planner import Needs, uniform_plan
 from moepic_core.spec import MachineProfile, ModelSpec, MoeLayer, Settings
 from moepic_core.telemetry import EventKind, Outcome, Part, Telemetry
+from moepic_core.uniform import uniform_plan
 from moepic_core.verdict import judge
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 64, 256, 8

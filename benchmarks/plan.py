@@ -14,8 +14,9 @@ import time
 from statistics import median
 
 from benchmarks.common import ForeignLoad, report
+from moepic_core.budgets import Needs
 from moepic_core.costs import Costs, LayerCosts
-from moepic_core.planner import EXPERTS_REPLAYED, FEWEST_TOKENS, Needs, Outlook
+from moepic_core.planner import EXPERTS_REPLAYED, FEWEST_TOKENS, Outlook
 from moepic_core.spec import MoeLayer, Settings
 from moepic_core.synthetic import HABITS, synthesize
 

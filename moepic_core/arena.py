@@ -23,6 +23,7 @@ class Arena:
         self.budget_bytes = budget_bytes
         self.bytes_by_kind = dict.fromkeys(KINDS, 0)
         self.peak_bytes = 0
+        self._freed = False  # something that `trim` can give back
 
     @property
     def used_bytes(self) -> int:
@@ -59,8 +60,24 @@ class Arena:
             ) from error
 
     def free(self, kind: str, buffer: Tensor) -> None:
-        """Stops counting `buffer`; its memory returns when the caller drops the last reference."""
+        """Stops counting `buffer`; its memory is free again when the caller drops the last reference."""
         self.release(kind, buffer.numel())
+        self._freed = True
+
+    def trim(self) -> None:
+        """Hands freed memory back to the machine, for other programs and for buffers of other sizes.
+
+        Torch keeps what was freed on a CUDA device, in blocks of the old sizes, so a lowered budget would free nothing
+        and slots of a new size would come on top. Waits for the device; does nothing unless something was freed.
+        """
+        if self._freed and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._freed = False
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """The most device memory so far: accounted on the CPU, as the allocator saw it on CUDA."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self.peak_bytes
 
     def check(self) -> None:
         assert self.used_bytes <= self.budget_bytes, (self.bytes_by_kind, self.budget_bytes)

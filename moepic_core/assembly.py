@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .arena import Arena
+from .budgets import Needs, budget_bytes
 from .calibrate import probe
 from .checkpoint import read_spec
 from .errors import BadCheckpoint
@@ -28,7 +29,6 @@ from .lazy_tensors import LazyTensors
 from .links import Link, parse_link
 from .memory import Memory
 from .needs import check_memory, context_length, free_for_budget, workspace_bytes
-from .planner import Needs, budget_bytes
 from .residency import Residency
 from .shards import read_tensors
 from .spec import MachineProfile, ModelSpec, Settings

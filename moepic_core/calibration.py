@@ -11,6 +11,7 @@ from collections.abc import Callable
 from .cost_fit import fit_costs
 from .costs import Costs
 from .engine import Engine
+from .measuring import measure_link, rehearse
 
 _REHEARSALS = ((0.3, "off"), (0.3, "on"), (0.7, "on"))  # split ratio, prefetch: four lengths of segments
 _SECONDS = 1.5  # for each rehearsal
@@ -22,10 +23,10 @@ def calibrate(engine: Engine, progress: Progress | None = None) -> Costs:
     """Measures, and has the engine plan with the result. A stop of the engine ends it with Cancelled."""
     tell = progress or (lambda share: None)
     tell(0.0)
-    link, runs = engine.measure_link(), []
+    link, runs = measure_link(engine), []
     for number, (split, prefetch) in enumerate(_REHEARSALS):
         tell((1 + number) / (1 + len(_REHEARSALS)))
-        runs.append(engine.rehearse(_SECONDS, strategy="moepic", split=split, prefetch=prefetch))
+        runs.append(rehearse(engine, _SECONDS, strategy="moepic", split=split, prefetch=prefetch))
     neurons = [layer.neurons for layer in engine.spec.moe_layers]
     costs = fit_costs(runs, neurons, engine.residency.transfer.chunk_bytes, link)
     engine.learn(costs)

@@ -18,6 +18,7 @@ from .engine import Engine, Prompt
 from .errors import BadSettings, Cancelled
 from .events import Done, Event, TokenMade
 from .hf.text import Sampling
+from .measuring import aside, start_over
 from .spec import Plan
 
 FEWEST, MOST = 4, 16  # tokens that count in a reply
@@ -37,12 +38,12 @@ def compare(engine: Engine, prompt: Prompt, tell: Tell) -> list[Row]:
     plans: dict[int, Plan] = {}
     half = len(trials) // 2
     order = [*range(len(trials)), *range(half, len(trials)), *range(half)]
-    with engine.aside():
+    with aside(engine):
         for done, place in enumerate(order):
             trial = trials[place]
             before = {name: getattr(settings, name) for name in ("strategy", "split", "prefetch")}
             plans[place] = engine.reconfigure(**{**before, **trial.changes})
-            engine.start_over(known)
+            start_over(engine, known)
             found[place].append(_reply(engine, prompt, trial.name, done, len(order), tell))
     return [Row(trial, plans[place], tuple(found[place])) for place, trial in enumerate(trials)]
 

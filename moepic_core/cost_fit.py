@@ -6,14 +6,14 @@ times hold under the contention that serving has. Medians, because machines are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .costs import Costs, LayerCosts, LinkSpeed
-from .trace import Coverage, EventKind, Part, TracePhase
+from .trace import EventKind, Part, TracePhase
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,33 @@ def fit_costs(
     ]
     after_s = _median([steps.after() for steps in found])
     bytes_per_s, latency_s = _link(runs, link_alone)
-    return Costs(tuple(layers), after_s, bytes_per_s, latency_s, chunk_bytes, "measured")
+    costs = Costs(tuple(layers), after_s, bytes_per_s, latency_s, chunk_bytes, "measured")
+    factors = np.concatenate([computing(run, neurons, costs) for run in runs])
+    return replace(costs, error=float(np.median(np.abs(1 / factors - 1))) if len(factors) else 0.0)
+
+
+def computing(run: Run, neurons: Sequence[int], costs: Costs) -> NDArray[np.float64]:
+    """`[tokens]`: how many times as long as `costs` say each token of `run` was computed with, stalls left out."""
+    events = run.events[run.events["phase"] == TracePhase.DECODE]
+    made = events[events["kind"] == EventKind.TOKEN]
+    made = made[np.argsort(made["token"])]
+    tokens, layers = made["token"], costs.layers
+
+    def sums(kind: EventKind, values: Callable[[NDArray[np.void]], NDArray[np.float64]]) -> NDArray[np.float64]:
+        rows = events[(events["kind"] == kind) & np.isin(events["token"], tokens)]
+        return np.bincount(np.searchsorted(tokens, rows["token"]), values(rows), minlength=len(tokens))
+
+    def segments_s(rows: NDArray[np.void]) -> NDArray[np.float64]:
+        base_s, row_s = (np.array([getattr(layer, name) for layer in layers]) for name in ("segment_s", "row_s"))
+        tops = np.array(run.top_rows)
+        lengths = np.stack((np.array(neurons), tops, np.array(neurons) - tops))  # in the order of Part
+        return np.asarray(base_s[rows["layer"]] + row_s[rows["layer"]] * lengths[rows["part"], rows["layer"]])
+
+    beside_s = costs.after_s + sum(each.before_s + each.step_s + run.guessing * each.guess_s for each in layers)
+    expected_s = beside_s + sums(EventKind.COMPUTE, segments_s)
+    whole = sums(EventKind.STEP, lambda rows: np.ones(len(rows))) == len(layers)  # nothing of the token was lost
+    took_s = made["end_s"] - made["start_s"] - sums(EventKind.STALL, lambda rows: rows["end_s"] - rows["start_s"])
+    return np.asarray((took_s / expected_s)[whole & (expected_s > 0)])
 
 
 def _shared(found: Sequence[_Steps], neurons: Sequence[int], size: int, admit_s: float) -> LayerCosts:
@@ -137,28 +163,32 @@ def _link(runs: Sequence[Run], alone: LinkSpeed) -> tuple[float, float]:
     """Bytes per second and latency of a transfer beside compute: busy time = transfers · latency + bytes / rate, fitted
     to what travelled for one layer of one token. Small transfers spend most of their time on being handed over.
     """
-    bursts = np.array([burst for run in runs for burst in _bursts(run.events)], np.float64).reshape(-1, 3)
-    if not len(bursts):
+    moved = np.concatenate([bursts(run.events) for run in runs])
+    if not len(moved):
         return alone.bytes_per_s, alone.latency_s
-    base_s, latency_s, byte_s = _fit(bursts[:, :2], bursts[:, 2])
+    base_s, latency_s, byte_s = _fit(moved[:, :2], moved[:, 2])
     if byte_s == 0:
-        return float(bursts[:, 1].sum() / bursts[:, 2].sum()), 0.0
-    return 1 / byte_s, latency_s + base_s / float(bursts[:, 0].mean())
+        return float(moved[:, 1].sum() / moved[:, 2].sum()), 0.0
+    return 1 / byte_s, latency_s + base_s / float(moved[:, 0].mean())
 
 
-def _bursts(events: NDArray[np.void]) -> list[tuple[int, int, float]]:
-    """Transfers, bytes and busy seconds of the demands, and of the guesses, for each layer and token."""
+def bursts(events: NDArray[np.void]) -> NDArray[np.float64]:
+    """`[bursts, 3]`: transfers, bytes and busy seconds of the demands, and of the guesses, for each layer and token."""
     moved = events[np.isin(events["kind"], (EventKind.DEMAND, EventKind.PREFETCH))]
     moved = moved[moved["phase"] == TracePhase.DECODE]
-    bursts = []
-    for burst in np.unique(moved[["kind", "token", "layer"]]):
-        mine = moved[moved[["kind", "token", "layer"]] == burst]
-        covered = Coverage()
-        busy_s = sum(
-            covered.add(float(start), float(end)) for start, end in zip(mine["start_s"], mine["end_s"], strict=True)
-        )
-        bursts.append((len(np.unique(mine[["expert", "part"]])), int(mine["nbytes"].sum()), busy_s))
-    return bursts
+    if not len(moved):
+        return np.zeros((0, 3))
+    keys = [moved[name].astype(np.int64) for name in ("kind", "token", "layer")]
+    _, place = np.unique(np.stack(keys), axis=1, return_inverse=True)
+    order = np.lexsort((moved["start_s"], place.ravel()))
+    moved, place = moved[order], place.ravel()[order]
+    transfers = np.unique(np.stack((place, moved["expert"], moved["part"])), axis=1)[0]
+    # Bursts are moved apart, so that one pass unites the intervals of each.
+    apart_s = place * (np.ptp(moved["end_s"]) + np.ptp(moved["start_s"]) + 1.0) - moved["start_s"].min()
+    starts_s, ends_s = moved["start_s"] + apart_s, moved["end_s"] + apart_s
+    seen_s = np.maximum.accumulate(np.concatenate(([-np.inf], ends_s[:-1])))
+    busy_s = np.maximum(0.0, ends_s - np.maximum(starts_s, seen_s))
+    return np.column_stack([np.bincount(transfers), np.bincount(place, moved["nbytes"]), np.bincount(place, busy_s)])
 
 
 def _median(values: Sequence[NDArray[np.float64]]) -> float:

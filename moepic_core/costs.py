@@ -32,6 +32,8 @@ class Costs:
     link_latency_s: float  # of one transfer, on top of its bytes
     chunk_bytes: int  # a transfer runs in chunks of this size; a demand waits for the chunk under way
     source: Literal["measured", "estimated"]
+    error: float = 0.0  # median of |computing predicted / measured − 1| over the tokens that they were fitted to
+    note: str = ""  # for people: what has changed since they were measured
 
 
 @dataclass(frozen=True)

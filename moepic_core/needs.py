@@ -6,9 +6,9 @@ KV is an estimate here; the engine replaces it by what it measures.
 
 from __future__ import annotations
 
+from .budgets import HEADROOM, Needs, budget_bytes
 from .errors import BadSettings, OutOfRoom
 from .links import Link
-from .planner import HEADROOM, Needs, budget_bytes
 from .spec import DeviceKind, MachineProfile, ModelSpec, Settings
 from .units import format_bytes
 
@@ -46,7 +46,10 @@ def workspace_bytes(settings: Settings, spec: ModelSpec, context: int, device: D
 
 
 def check_memory(settings: Settings, spec: ModelSpec, machine: MachineProfile, link: Link) -> None:
-    """Refuses early, from headers alone, what cannot work: a budget below the smallest, host memory for the store."""
+    """Refuses early, from headers alone, what cannot work: a budget below the smallest, host memory for the store,
+    more guesses than a token uses experts.
+    """
+    settings.most_guesses(spec.top_k)
     budget_bytes(settings.vram, needs_of(settings, spec, machine), free_for_budget(machine, link, spec))
     if link.kind != "disk" and spec.expert_bytes > machine.host_free_bytes:
         raise OutOfRoom(

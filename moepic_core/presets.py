@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .budgets import Needs
 from .costs import Costs, LayerCosts
 from .errors import BadSettings, nearest
 from .links import PRESETS_BYTES_PER_S
 from .needs import needs_of
-from .planner import Needs
 from .spec import MachineProfile, ModelSpec, MoeLayer, Settings
 
 EFFICIENCY = 0.8  # share of the memory bandwidth that products of one vector and a matrix of some MB reach

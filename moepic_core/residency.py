@@ -87,6 +87,7 @@ class Residency:
             cache.shrink(share.slots, share.top_rows, policy.ranking(self.token))
         self.arena.budget_bytes = plan.memory.budget
         self.staging.resize(plan.staging_records, max(record_stride(layer) for layer in self.layers))
+        self.arena.trim()
         try:
             for cache, share in zip(self.caches, plan.layers, strict=True):
                 cache.grow(share.slots)

@@ -6,7 +6,8 @@ simulator. Decode tokens only, in the order in which they were made. Pure arrays
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,13 @@ class RoutingTrace:
         return RoutingTrace(
             self.experts[start:], self.guesses[start:], self.num_experts, self.replies[start:], self.subjects[start:],
             self.subject_names, self.source,
+        )  # fmt: skip
+
+    def of_layers(self, layers: Sequence[int]) -> RoutingTrace:
+        """The same tokens in some of the layers."""
+        return replace(
+            self, experts=self.experts[:, layers], guesses=self.guesses[:, layers],
+            num_experts=tuple(self.num_experts[layer] for layer in layers),
         )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
         Strategy("moepic", None, "lcp-aged", "planned", "next-router", "fetch",
-                 "split experts, hot tops cached by ageing LCP, next layer prefetched, shares planned (this project)"),
+                 "split experts, tops cached by ageing LCP or LRU, next layer prefetched, all planned (this project)"),
         Strategy("mixtral-offloading", 1.0, "lru", "uniform", "next-router", "fetch",
                  "whole experts cached by LRU, next layer prefetched"),
         Strategy("adapmoe", 1.0, "lru", "dynamic-program", "next-router", "fetch",
@@ -143,7 +143,7 @@ class Settings:
     strategy: str = "moepic"
     split: float | None = None  # overrides the strategy's split ratio
     eviction: Literal["auto"] | EvictionName = "auto"
-    prefetch: Literal["auto", "on", "off"] = "auto"
+    prefetch: Literal["auto", "on", "off"] | int = "auto"  # or how many experts of the next layer are guessed
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     context_length: int | None = None  # tokens that KV memory is reserved for; None: up to 4096
     prefill_chunk: int = 512  # tokens per forward pass while the prompt is read
@@ -167,7 +167,10 @@ class Settings:
         _choice("strategy", self.strategy, STRATEGIES)
         _choice("device", self.device, ("auto", "cuda", "cpu"))
         _choice("eviction", self.eviction, ("auto", *get_args(EvictionName)))
-        _choice("prefetch", self.prefetch, ("auto", "on", "off"))
+        if isinstance(self.prefetch, str):
+            _choice("prefetch", self.prefetch, ("auto", "on", "off"), " or a number of experts, 0 or more")
+        elif isinstance(self.prefetch, bool) or self.prefetch < 0:
+            raise BadSettings(f"prefetch {self.prefetch} is out of range; allowed: auto, on, off or 0 experts and more")
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.split is not None and not 0 <= self.split <= 1:
             raise BadSettings(f"split ratio {self.split} is out of range; allowed is 0 (nothing cached) to 1 (whole)")
@@ -176,10 +179,21 @@ class Settings:
         if self.context_length is not None and self.context_length < 1:
             raise BadSettings(f"context_length {self.context_length} is too small; allowed is 1 token or more")
 
+    def most_guesses(self, top_k: int) -> int:
+        """Experts of the next layer that may be guessed where a token uses `top_k`. Raises BadSettings for more."""
+        if isinstance(self.prefetch, str):
+            return 0 if self.prefetch == "off" else top_k
+        if self.prefetch > top_k:
+            raise BadSettings(
+                f"prefetch {self.prefetch} is more than the {top_k} experts that a token uses in a layer; "
+                f"allowed is 0 to {top_k}, auto, on or off"
+            )
+        return self.prefetch
 
-def _choice(name: str, value: str, allowed: Any) -> None:
+
+def _choice(name: str, value: str, allowed: Any, other: str = "") -> None:
     if value not in allowed:
-        raise BadSettings(f"{name} '{value}' is unknown{nearest(value, allowed)} Allowed: {', '.join(allowed)}")
+        raise BadSettings(f"{name} '{value}' is unknown{nearest(value, allowed)} Allowed: {', '.join(allowed)}{other}")
 
 
 @dataclass(frozen=True)

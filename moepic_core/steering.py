@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .budgets import Needs
 from .costs import Breakdown, Costs
+from .drift import KEPT, TYPICAL_ERROR, Drift, drift_of, followed, forecast_error, is_stale
 from .memory import Memory
-from .planner import Needs, make_plan, what_if
+from .planner import make_plan, what_if
 from .routing import RoutingTrace, joined
 from .spec import MachineProfile, ModelSpec, Plan, Settings
 from .telemetry import Telemetry
@@ -47,11 +49,36 @@ class Steering:
         self.earlier = memory.trace(spec.fingerprint) or brought
         self._new_tokens = 0  # made since the last plan
         self._known_tokens = 0  # that it stands on
+        self._drifts: tuple[Drift, ...] = ()  # of the last replies, by the costs in force
+        self._costs_changed = False  # since the last plan
 
     def learn(self, costs: Costs) -> None:
         """From now on plans stand on `costs`."""
         self.costs = costs
+        self._drifts = ()
+        self._costs_changed = True
         self.memory.keep_costs(self._key, costs)
+
+    def follow(self, plan: Plan) -> None:
+        """Compares the last reply with what `plan`, which held for all of it, predicted. When replies are too far off,
+        costs follow them, and a new plan is due.
+        """
+        reply = self.telemetry.snapshot().reply
+        if self.costs is None or reply is None:
+            return
+        found = drift_of(self.telemetry.events()[0], reply.number, plan, self.spec.moe_layers, self.costs)
+        if found is None:
+            return
+        self._drifts = (*self._drifts, found)[-KEPT:]
+        if is_stale(self._drifts):
+            costs = followed(self.costs, self._drifts)
+            if costs is not self.costs:
+                self.learn(costs)
+
+    @property
+    def forecast_error(self) -> float:
+        """How far a token's time may be from its prediction, 0..1, by the last replies."""
+        return TYPICAL_ERROR if self.costs is None else forecast_error(self.costs, self._drifts)
 
     def trace(self) -> RoutingTrace | None:
         """The last WINDOW tokens, of earlier sessions too; None while they are too few."""
@@ -64,6 +91,7 @@ class Steering:
         """The plan of `settings` under `budget` bytes, by all that is known now."""
         trace = self.trace()
         self._new_tokens, self._known_tokens = 0, 0 if trace is None else trace.num_tokens
+        self._costs_changed = False
         return make_plan(settings, self.needs, budget, self.costs, trace)
 
     def forecast(self, settings: Settings, budgets: Sequence[int]) -> list[tuple[int, Breakdown]]:
@@ -75,8 +103,10 @@ class Steering:
 
     @property
     def due(self) -> bool:
-        """Whether what is known has doubled since the last plan (ours), or after WINDOW tokens (the paper)."""
-        return self._new_tokens >= min(WINDOW, max(_FIRST, self._known_tokens))
+        """Whether what is known has doubled or costs have changed since the last plan (ours), or after WINDOW tokens
+        (the paper).
+        """
+        return self._costs_changed or self._new_tokens >= min(WINDOW, max(_FIRST, self._known_tokens))
 
     def keep(self) -> None:
         """Saves the routing for the next start."""

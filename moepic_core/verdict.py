@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .budgets import HEADROOM, Needs
 from .links import parse_link
-from .planner import HEADROOM, Needs
 from .spec import MachineProfile, ModelSpec
 from .units import format_bytes
 

@@ -8,16 +8,17 @@ from null_transfer import NullTransfer
 from torch import Tensor
 
 from moepic_core.arena import Arena
+from moepic_core.budgets import Needs
 from moepic_core.expert_math import ExpertMath, PairSum
 from moepic_core.geometry import record_stride, top_rows
 from moepic_core.host_store import RamStore
 from moepic_core.packing import FusedLayout
-from moepic_core.planner import Needs, uniform_plan
 from moepic_core.residency import Residency
 from moepic_core.spec import ModelSpec, MoeLayer, Plan, Settings
 from moepic_core.step import Step
 from moepic_core.telemetry import Telemetry
 from moepic_core.transfer.base import Transfer
+from moepic_core.uniform import uniform_plan
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 8, 2
 

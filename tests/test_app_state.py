@@ -18,6 +18,7 @@ from app.settings_store import SettingsStore
 from app.state import State
 from moepic_core.engine import Engine
 from moepic_core.errors import BadCheckpoint, BadSettings, Cancelled, OutOfRoom
+from moepic_core.extras import suggested_prompts
 from moepic_core.spec import Settings
 
 CONTEXT = 256
@@ -59,9 +60,10 @@ def test_before_the_first_load_there_is_nothing(state: State) -> None:
 
 def test_a_load_counts_bytes_and_ends_ready(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    count = state._counter("loading", state.settings)
+    loader = state._loader
+    count = loader._counter("loading", state.settings)
     monkeypatch.setattr(
-        state, "_counter", lambda *_: lambda *bytes_: (count(*bytes_), seen.append(state.look().progress))
+        loader, "_counter", lambda *_: lambda *bytes_: (count(*bytes_), seen.append(state.look().progress))
     )
     loaded(state)
     done = [progress.done_bytes for progress in seen]

@@ -11,9 +11,9 @@ import pytest
 
 from app import demo_checkpoint, terms, views
 from app.nouns import Loaded, Look, Notice, Progress
+from moepic_core.budgets import Needs
 from moepic_core.links import parse_link
 from moepic_core.metrics import NUM_COUNTS, Counters, Reply, Scope, Snapshot
-from moepic_core.planner import Needs
 from moepic_core.spec import MachineProfile, ModelSpec, MoeLayer, Settings
 
 GB = 10**9

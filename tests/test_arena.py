@@ -57,6 +57,23 @@ def test_other_errors_are_not_taken_for_full_memory(monkeypatch: pytest.MonkeyPa
     assert not is_out_of_memory(ValueError("CUDA"))
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cuda", 1), ("cpu", 0)])
+def test_what_was_freed_on_a_cuda_device_goes_back_once(
+    device: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(arena.used_bytes))
+    monkeypatch.setattr("moepic_core.arena._allocate", lambda nbytes, device: torch.empty(nbytes, dtype=torch.uint8))
+    arena = Arena(torch.device(device), 10_000)
+    buffer = arena.allocate("cache", 4096)
+    arena.trim()
+    assert given_back == []
+    arena.free("cache", buffer)
+    arena.trim()
+    arena.trim()
+    assert given_back == [0] * expected
+
+
 def test_giving_back_more_than_was_taken_is_a_mistake_of_ours() -> None:
     arena = Arena(CPU, 10_000)
     arena.reserve("kv", 10)

@@ -78,7 +78,7 @@ def test_a_new_plan_is_due_when_what_is_known_has_doubled(engine: Engine, monkey
     monkeypatch.setattr("moepic_core.steering._FIRST", 20)
     calibrate(engine)
     planned_from = []
-    monkeypatch.setattr(engine, "_apply", lambda plan: planned_from.append(engine.steering.trace()))
+    monkeypatch.setattr(engine.governor, "apply", lambda plan: planned_from.append(engine.steering.trace()))
     for _ in range(8):
         greedy(engine)
     known = [trace.num_tokens if trace else 0 for trace in planned_from]
@@ -87,12 +87,12 @@ def test_a_new_plan_is_due_when_what_is_known_has_doubled(engine: Engine, monkey
 
 
 def test_a_stop_ends_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._stop, "clear", lambda: None)
+    monkeypatch.setattr(engine.turn.stop, "clear", lambda: None)
     engine.request_stop()
     with pytest.raises(Cancelled):
         calibrate(engine)
     monkeypatch.undo()
-    engine._stop.clear()
+    engine.turn.stop.clear()
     engine.check()
     assert engine.steering.costs is None
     assert len(greedy(engine)) == 12

@@ -14,11 +14,12 @@ from test_app_views import CPU, GB, LAYERS, NEEDS, SPEC
 from app import cards, views
 from app.nouns import Forecast, Preview
 from app.panels.budget import wanted_bytes, wanted_vram
+from moepic_core.budgets import Needs, budget_bytes
 from moepic_core.costs import Breakdown
 from moepic_core.finder import CheckpointEntry
 from moepic_core.links import parse_link
-from moepic_core.planner import Needs, budget_bytes, uniform_plan
 from moepic_core.spec import MachineProfile, Settings
+from moepic_core.uniform import uniform_plan
 from moepic_core.verdict import judge
 
 GPU = MachineProfile("cuda", "Card 12", 12 * GB, 11 * GB, 64 * GB, 50 * GB, 8)

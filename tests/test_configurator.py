@@ -13,8 +13,9 @@ from toy_routing import Toy
 
 from moepic_core.cost_model import predict
 from moepic_core.costs import Costs
-from moepic_core.planner import Outlook, make_plan, uniform_plan, what_if
+from moepic_core.planner import Outlook, make_plan, what_if
 from moepic_core.spec import Plan, Settings
+from moepic_core.uniform import uniform_plan
 
 SETTINGS = Settings(checkpoint="x")
 RESOLUTION = 0.03  # of a token's time: how far a plan may be beside the best one for its link
@@ -105,3 +106,48 @@ def test_the_curve_under_the_slider_is_that_of_single_plans(strategy: str) -> No
     curve = what_if(wish, toy.needs, toy.costs, toy.trace, budgets)
     singles = [make_plan(wish, toy.needs, budget, toy.costs, toy.trace) for budget in budgets]
     assert curve == [(plan.memory.budget, plan.predicted) for plan in singles]
+
+
+@pytest.mark.parametrize(("asked", "made"), [(0, 0), (1, 1), (3, 3), ("on", 3), ("off", 0)])
+def test_asked_for_guesses_are_kept_to(asked: int | str, made: int) -> None:
+    """Where the plan may choose, it is no slower than with all guesses or none."""
+    toy = Toy(4)
+    (budget,) = budgets_of(toy, [0.4])
+    own, free = (
+        make_plan(SETTINGS.replace(prefetch=wish), toy.needs, budget, toy.costs, toy.trace) for wish in (asked, "auto")
+    )
+    assert own.prefetch_depth == made
+    assert own.predicted is not None and free.predicted is not None
+    assert own.prefetch_depth == 1 or free.predicted.total_s <= own.predicted.total_s * (1 + 1e-9)
+
+
+def test_without_recorded_routing_whole_experts_are_preferred() -> None:
+    """To equal splits, unless assumed routing says clearly otherwise; the reason says that it is assumed."""
+    kinds = set()
+    for seed in range(40):
+        toy = Toy(seed)
+        if toy.top_k == toy.layer.num_experts:
+            continue  # every token uses every expert: there is nothing to assume
+        for budget in budgets_of(toy, [0.3, 0.6, 0.9]):
+            plan = make_plan(SETTINGS, toy.needs, budget, toy.costs, None)
+            assert plan.predicted is not None
+            assert plan.memory.used <= budget
+            if "no expert is cached" in plan.reason or "are resident" in plan.reason:
+                continue
+            assert plan.reason.endswith("assumed: uniform routing; assuming that 50% of guesses are right")
+            whole, half, own = (
+                make_plan(SETTINGS.replace(split=split), toy.needs, budget, toy.costs, None).predicted
+                for split in (1.0, 0.5, plan.layers[0].split_ratio)
+            )
+            assert whole is not None and half is not None and own is not None
+            kinds.add(plan.reason.split("(")[1].split(")")[0])
+            if plan.layers[0].split_ratio == 1:
+                assert whole.total_s <= 1.1 * half.total_s + 1e-12
+                assert plan.predicted == whole
+            else:
+                assert own.total_s < whole.total_s / 1.1 + 1e-12
+    assert kinds == {
+        "a split is clearly faster even if routing is uniform",
+        "whole experts are the fastest even if routing is uniform",
+        "assumed routing cannot tell splits from whole experts, which real routing favours",
+    }

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_routing import Toy, toy_costs, toy_layer, toy_trace
 
+from moepic_core.budgets import Needs
 from moepic_core.cost_model import LayerTimes, breakdown, layer_times, pieces, predict, table, walk
 from moepic_core.costs import Costs, LayerCosts
 from moepic_core.geometry import record_stride, segment, top_bytes
-from moepic_core.planner import Needs, uniform_plan
 from moepic_core.simulator import simulate
 from moepic_core.spec import MoeLayer, Plan, Settings
+from moepic_core.uniform import uniform_plan
 from moepic_core.workload import Found, LayerTokens, Workload, replay, workload
 
 # Ten neurons of one alignment unit each: on this machine an expert travels for 10 s and computes for 1 s.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 from tiny_checkpoints import make_tokenizer
 
+from moepic_core import arena as arena_module
 from moepic_core.engine import Engine
 from moepic_core.errors import BadCheckpoint, BadSettings, MoepicError, OutOfRoom, TransferFailed
 from moepic_core.events import Done, Event, Notice, PromptRead, TokenMade
 from moepic_core.hf.text import Sampling
+from moepic_core.packing import aligned_bytes
 from moepic_core.spec import Settings
 
 PROMPT = [3 + (31 * place) % 300 for place in range(24)]
@@ -130,6 +133,28 @@ def test_a_budget_moved_from_another_thread_while_tokens_flow(load: Load) -> Non
         thread.join()
     assert len(moved) > 3
     engine.check()
+
+
+def test_a_lowered_budget_gives_memory_back_before_it_takes_any(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA torch keeps what is freed until it is told; a fake device records when it is, and what is still held."""
+    engine = load(split=0.5)
+    arena, cache = engine.residency.arena, engine.residency.caches[0]
+    held = [weakref.ref(tensor) for slot in cache.slots for tensor in (slot.buffer, slot.weights)]
+    told: list[tuple[int, int]] = []
+
+    def empty_cache() -> None:
+        told.append((arena.bytes_by_kind["cache"], sum(tensor() is not None for tensor in held)))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(arena_module, "_allocate", lambda nbytes, device: aligned_bytes(nbytes))
+    monkeypatch.setattr(arena, "device", torch.device("cuda"))
+    assert len(held) == 2 * engine.plan.layers[0].slots > 0
+    engine.reconfigure(split=0.4)  # every slot has another size: the old memory has to go first
+    assert told == [(0, 0)]
+    engine.reconfigure(vram=engine.needs.smallest)
+    assert told == [(0, 0), (engine.plan.memory.cache, 0)]
+    engine.reconfigure(vram=engine.needs.everything)
+    assert len(told) == 2  # nothing was freed
 
 
 def test_two_hundred_reconfigurations_leak_nothing(load: Load) -> None:

@@ -16,10 +16,11 @@ from app import explore
 from app.explore import Budgets
 from app.explorer import VIEWS, Explorer, elsewhere
 from app.state import State
+from moepic_core.budgets import Needs
 from moepic_core.costs import Costs, LayerCosts
 from moepic_core.errors import BadSettings, Cancelled
 from moepic_core.eviction import make_policy
-from moepic_core.planner import Needs, make_plan
+from moepic_core.planner import make_plan
 from moepic_core.routing import RoutingTrace
 from moepic_core.simulator import simulate
 from moepic_core.spec import STRATEGIES, Settings

@@ -19,9 +19,9 @@ from app.nouns import Loaded, Look
 from app.sensors import Sample
 from app.views import UNKNOWN, percent
 from app.watch import Listener, find_ceiling
+from moepic_core.budgets import Needs
 from moepic_core.links import parse_link
 from moepic_core.metrics import METRICS
-from moepic_core.planner import Needs
 from moepic_core.spec import LayerPlan, MachineProfile, MemoryPlan, ModelSpec, MoeLayer, Plan, Settings
 from moepic_core.telemetry import EventKind, Outcome, Part, Telemetry
 from moepic_core.trace import TracePhase, decoded

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moepic_core.budgets import Needs, budget_bytes
 from moepic_core.errors import BadSettings, OutOfRoom
 from moepic_core.geometry import record_stride, top_bytes
-from moepic_core.planner import Needs, budget_bytes, uniform_plan
 from moepic_core.spec import STRATEGIES, MoeLayer, Plan, Settings
+from moepic_core.uniform import uniform_plan
 
 LAYER = MoeLayer(0, num_experts=8, neurons=64, hidden=64, matrices=3, itemsize=4)  # 768 bytes a row
 RECORD = 12 * 4096  # exactly; a top of 26 rows takes 5 units of 4096 bytes
@@ -112,6 +113,20 @@ def test_eviction_and_prefetch_override_the_strategy() -> None:
     assert (plan.eviction, plan.predictor, plan.prefetch_depth) == ("lcp-aged", "none", 0)
 
 
+@pytest.mark.parametrize(("asked", "made"), [("on", 2), ("off", 0), (0, 0), (1, 1), (2, 2)])
+@pytest.mark.parametrize("strategy", ["moepic", "adapmoe", "on-demand"])
+def test_prefetch_is_how_many_experts_are_guessed(strategy: str, asked: str | int, made: int) -> None:
+    for budget in (STAGED, EVERYTHING):
+        plan = plan_for(budget, strategy=strategy, prefetch=asked)
+        assert (plan.predictor, plan.prefetch_depth) == ("next-router" if made else "none", made)
+    assert plan_for(NEEDS.smallest, strategy=strategy, prefetch=asked).prefetch_depth == min(made, 1)  # of two buffers
+
+
+def test_more_guesses_than_experts_in_use_are_refused() -> None:
+    with pytest.raises(BadSettings, match="prefetch 3 is more than the 2 experts that a token uses in a layer; allow"):
+        plan_for(EVERYTHING, prefetch=3)
+
+
 @pytest.mark.parametrize(
     ("budget", "settings", "reason"),
     [
@@ -191,7 +206,7 @@ wishes = st.fixed_dictionaries(
     {
         "strategy": st.sampled_from(sorted(STRATEGIES)),
         "split": st.none() | st.floats(0, 1),
-        "prefetch": st.sampled_from(("auto", "on", "off")),
+        "prefetch": st.sampled_from(("auto", "on", "off", 0, 1)),
     }
 )
 

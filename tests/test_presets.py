@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from moepic_core.budgets import budget_bytes
 from moepic_core.errors import BadSettings
 from moepic_core.needs import CUDA_LIBRARY_BYTES
-from moepic_core.planner import budget_bytes, uniform_plan
 from moepic_core.presets import (
     EFFICIENCY,
     MACHINES,
@@ -23,6 +23,7 @@ from moepic_core.presets import (
 from moepic_core.simulator import simulate
 from moepic_core.spec import STRATEGIES, Settings
 from moepic_core.synthetic import trace_for
+from moepic_core.uniform import uniform_plan
 
 # In billions, as their makers state them: all parameters, active ones (embedding and head counted or not).
 PUBLISHED = {

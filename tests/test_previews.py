@@ -16,10 +16,10 @@ from app.forecasts import Forecasts
 from app.nouns import Forecast, Preview
 from app.settings_store import SettingsStore
 from app.state import State
+from moepic_core.budgets import Needs
 from moepic_core.calibrate import probe
 from moepic_core.costs import Costs, LayerCosts
 from moepic_core.errors import BadSettings, OutOfRoom
-from moepic_core.planner import Needs
 from moepic_core.spec import MachineProfile, MoeLayer, Settings
 
 GB = 10**9
@@ -175,9 +175,12 @@ def test_settings_given_to_a_state_hold_for_every_checkpoint() -> None:
 
 
 def test_a_state_keeps_the_folders_that_it_has_loaded(tmp_path: Path, state: State) -> None:
-    state.kept = SettingsStore(tmp_path / "settings.json", {"device": "cpu"})
-    loaded(state)
-    assert state.kept.folders == [state.settings.checkpoint]
+    keeping = State(state.settings, SettingsStore(tmp_path / "settings.json", {"device": "cpu"}))
+    try:
+        loaded(keeping)
+        assert keeping.kept.folders == [state.settings.checkpoint]
+    finally:
+        keeping.close()
 
 
 LAYERS = (MoeLayer(0, 4, 64, 64, 3, 2), MoeLayer(1, 4, 64, 64, 3, 2))

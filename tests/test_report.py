@@ -15,6 +15,7 @@ from test_live import LOADED, PLAN, SPEC, look_at, served
 from app import share
 from app.explore import timeline
 from app.explore_routes import import_settings, plotly_js
+from app.loader import Present
 from app.nouns import Loaded
 from app.report import report
 from app.share import Recorded, read_settings, settings_json
@@ -176,7 +177,7 @@ class FakeState(State):
 
     def __init__(self, loaded: Loaded | None) -> None:
         super().__init__(PRESENT)
-        self._loaded = loaded
+        self._loader.present = Present(loaded=loaded)
         self.asked: list[Any] = []
 
     def check(self, settings: Settings) -> None:

@@ -7,7 +7,7 @@ from math import ceil
 
 import pytest
 
-from moepic_core.planner import HEADROOM, Needs
+from moepic_core.budgets import HEADROOM, Needs
 from moepic_core.spec import DeviceKind, MachineProfile, ModelSpec, MoeLayer
 from moepic_core.verdict import judge
 

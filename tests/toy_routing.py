@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from moepic_core.budgets import Needs
 from moepic_core.costs import Costs, LayerCosts
-from moepic_core.planner import Needs
 from moepic_core.routing import RoutingTrace
 from moepic_core.spec import MoeLayer
 

@@ -21,6 +21,7 @@ SHORTCUTS = (
     ("Alt + M", "go to the message"),
     ("Alt + K", "search conversations"),
     ("Alt + L", "show or hide the list of conversations"),
+    ("Alt + E", "show or hide model and engine"),
     ("?", "this list"),
 )
 

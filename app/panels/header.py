@@ -25,6 +25,8 @@ def build() -> None:
                 <button type="button" data-explore="helping">Is it helping?</button>
                 <button type="button" data-explore="timeline">Explore</button>
               </div>
+              <button type="button" class="fold" aria-controls="controls" aria-label="Model and engine"
+                data-tip="Show or hide model and engine (Alt + E)">◨</button>
               <button type="button" class="theme" aria-label="Switch between light and dark">◐</button>
             </header>
             <p class="strip" data-live="warning" hidden></p>

@@ -36,7 +36,7 @@ TIPS = {  # what a setting means, by its place on the page
     "by-hand": "Off: the plan finds a split ratio for each layer.",
     "split": "The part of an expert that a cache slot keeps: 0 is prefetch only, 1 caches whole experts. Holds from "
     "the next token on.",
-    "eviction": "Who leaves the cache for a newcomer. Automatic: as the strategy says. Holds from the next token on.",
+    "eviction": "Who leaves the cache for a newcomer. Automatic: as the strategy says; moepic takes what would have hit most. Holds from the next token on.",
     "prefetch": "Whether experts of the next layer are fetched on a guess. Automatic: where it pays. Its depth is "
     "planned. Holds from the next token on.",
     "reserved": "Memory that other programs shall have, whatever the model: budgets end before it. A tenth of what is "
