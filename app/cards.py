@@ -17,7 +17,6 @@ from . import checkpoints, demo_checkpoint
 from .nouns import Preview
 from .views import MEMORY, geometry, milliseconds, num_experts, parameters, percent, size, span
 
-FORECAST_ERROR = 0.1  # median of |predicted / measured − 1| that benchmarks/compare_strategies.py finds, rounded up
 GB = 1e9
 PREDICTORS = {"next-router": "the next layer's router", "activation-matrices": "similar past requests"}
 SEPARATOR = " · "  # between the parts of a line of the picker, which the page's script tells apart
@@ -54,7 +53,7 @@ def model_card(preview: Preview) -> dict[str, Any]:
             "step": "download",
             "verdict": f"{here}; Download fetches {'the rest' if preview.missing else 'it'}, then loads it",
             "facts": facts,
-            "notes": [],
+            "notes": ["a download that stops keeps its complete files; the others begin anew"],
         }
     notes = list(preview.notes)
     if preview.settings.checkpoint == demo_checkpoint.NAME and not preview.loaded:
@@ -158,10 +157,10 @@ def forecast_card(preview: Preview, budget: int) -> dict[str, Any] | None:
              for each, time in zip(budgets, times, strict=True)]  # fmt: skip
     return {
         "speed": f"{1 / seconds:.1f}",
-        "range": f"{(1 - FORECAST_ERROR) / seconds:.0f} to {(1 + FORECAST_ERROR) / seconds:.0f}",
+        "range": f"{(1 - forecast.error) / seconds:.0f} to {(1 + forecast.error) / seconds:.0f}",
         "time": f"{milliseconds(seconds)} per token",
-        "definition": "From costs measured on this machine and the experts that recent tokens used; the range is the "
-        "usual error, measured by benchmarks/compare_strategies.py.",
+        "definition": "From costs measured on this machine and the experts that recent tokens used; the range is how "
+        "far four of five of the last replies were from their prediction, or ±10 % before there are any.",
         "least": milliseconds(least),
         "most": milliseconds(most),
         "label": f"Predicted time per token over the budget, from {milliseconds(times[0])} with {format_bytes(low)} "

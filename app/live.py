@@ -20,7 +20,7 @@ from moepic_core.trace import EventKind, Outcome
 from moepic_core.units import format_bytes
 
 from .nouns import Look
-from .terms import NUM_WORST, SPEED_TOKENS
+from .terms import CEILING_TOKENS, NUM_WORST, SPEED_TOKENS
 from .views import UNKNOWN, milliseconds, number, percent, span
 
 SHOWN = (EventKind.COMPUTE, EventKind.STALL, EventKind.DEMAND, EventKind.PREFETCH)  # what a timeline draws
@@ -29,6 +29,7 @@ LINK = (EventKind.DEMAND, EventKind.PREFETCH)
 # the token's own time.
 WIRE = np.dtype([("what", "u1"), ("size", "u1"), ("layer", "<u2"), ("expert", "<i2"), ("start", "<u2"), ("end", "<u2")])
 TIME_STEPS, USE_STEPS, NO_EXPERT = 65535, 63, 3
+FRESH = 0.8  # of the counted uses that a ceiling must know to be shown beside them
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,20 @@ class Ceiling:
     num_tokens: int
     last_reply: tuple[float | None, ...]
     session: tuple[float | None, ...]
+    reply_uses: int = 0  # of experts, that `last_reply` is of
+    session_uses: int = 0
+
+    def beside(self, now: Snapshot) -> tuple[tuple[float | None, ...] | None, tuple[float | None, ...] | None]:
+        """For the last reply and for the session. None where it is of another reply, or of too few of the uses that are
+        counted `now`: the first ones of a chat hit less, so the ceiling would be too low.
+        """
+        full = self.num_tokens == CEILING_TOKENS
+        in_reply, in_session = now.last_reply.decode.total.uses, now.session.decode.total.uses
+        same_reply = now.reply is not None and now.reply.number == self.reply
+        return (
+            self.last_reply if same_reply and (full or self.reply_uses >= FRESH * in_reply) else None,
+            self.session if full or self.session_uses >= FRESH * in_session else None,
+        )
 
 
 def see(look: Look, heard: Heard, ceiling: Ceiling | None) -> dict[str, Any]:
@@ -88,7 +103,7 @@ def layers(snapshot: Snapshot, num_experts: Sequence[int], ceiling: Ceiling | No
         "split": span([share.split_ratio for share in shares], "{:.2f}"),
         "slots": span([share.slots for share in shares], "{}"),
     }
-    last, session = (None, None) if ceiling is None else (ceiling.last_reply, ceiling.session)
+    last, session = (None, None) if ceiling is None else ceiling.beside(snapshot)
     return {
         "last": _scope(snapshot.last_reply.decode, last, "last reply"),
         "session": _scope(snapshot.session.decode, session, "session"),

@@ -183,7 +183,7 @@ def build_page(state: State, store: Store) -> gr.Blocks:
         with talk:
             chat_panel = chat.build()
         desk.wire(desk.Desk(state, model_panel, steer_panel, budget_panel, gr.State(None)), page)
-        answers.wire(answers_panel)
+        answers.wire(answers_panel, state)
         chat.wire(chat_panel, opened, answers_panel, page, model_panel.refresh, Talk(store, state))
     for block in page.blocks.values():
         if isinstance(block, gr.HTML):

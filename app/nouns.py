@@ -12,6 +12,7 @@ import numpy as np
 
 from moepic_core.budgets import HEADROOM, Needs
 from moepic_core.costs import Breakdown
+from moepic_core.drift import TYPICAL_ERROR
 from moepic_core.events import FinishReason
 from moepic_core.links import Link
 from moepic_core.metrics import Reply, Snapshot
@@ -88,6 +89,7 @@ class Forecast:
     """What a token would cost under some budgets, rising from the smallest."""
 
     points: tuple[tuple[int, Breakdown], ...]  # bytes, and where the seconds go
+    error: float = TYPICAL_ERROR  # how far the speed may be from it, 0..1
 
     @property
     def budgets(self) -> list[int]:

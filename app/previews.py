@@ -7,7 +7,7 @@ and from what was measured earlier; only forecasts take time, and those come lat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from moepic_core.budgets import Needs, budget_bytes
 from moepic_core.calibrate import probe
 from moepic_core.checkpoint import read_spec
 from moepic_core.costs import Costs
+from moepic_core.drift import Drift, forecast_error
 from moepic_core.errors import OutOfRoom
 from moepic_core.folders import user_folder
 from moepic_core.links import parse_link
@@ -79,7 +80,7 @@ class Previews:
         return dataclasses.replace(
             preview,
             budget_bytes=fitted_budget(settings, needs, preview.free_bytes, reserved_bytes),
-            forecast=self._forecast(preview, costs, lambda: memory.trace(spec.fingerprint), 0),
+            forecast=self._forecast(preview, costs, lambda: memory.trace(spec.fingerprint), 0, ()),
         )
 
     def _of_loaded(self, machine: MachineProfile, held: Held, reserved_bytes: int) -> Preview:
@@ -89,13 +90,20 @@ class Previews:
             judge(loaded.spec, loaded.needs, less(machine, reserved_bytes), loaded.settings.link),
             held.plan.memory.budget, loaded=True, notes=loaded.notes, reserved_bytes=reserved_bytes, in_force=held.plan,
         )  # fmt: skip
-        forecast = self._forecast(preview, held.steering.costs, held.steering.trace, held.num_tokens)
+        forecast = self._forecast(
+            preview, held.steering.costs, held.steering.trace, held.num_tokens, held.steering.drifts
+        )
         return dataclasses.replace(preview, forecast=forecast)
 
     def _forecast(
-        self, preview: Preview, costs: Costs | None, trace: Callable[[], RoutingTrace | None], num_tokens: int
+        self,
+        preview: Preview,
+        costs: Costs | None,
+        trace: Callable[[], RoutingTrace | None],
+        num_tokens: int,
+        drifts: Sequence[Drift],
     ) -> Forecast | None:
-        """Made anew when twice as many tokens were decoded."""
+        """Made anew when twice as many tokens were decoded; its error is that of the last replies."""
         if costs is None:
             return None
         spec, needs = preview.spec, preview.needs
@@ -105,7 +113,8 @@ class Previews:
         key = (spec.fingerprint, preview.link.label, settings, preview.loaded)
         age = (costs, num_tokens.bit_length())
         largest = preview.machine.device_total_bytes
-        return self._forecasts.get(key, age, settings, needs, costs, trace, largest)
+        forecast = self._forecasts.get(key, age, settings, needs, costs, trace, largest)
+        return forecast and dataclasses.replace(forecast, error=forecast_error(costs, drifts))
 
 
 def is_same_model(one: Settings, other: Settings) -> bool:

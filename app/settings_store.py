@@ -83,6 +83,17 @@ class SettingsStore:
         with self._lock:
             self._write({**self._read(), "reserved_bytes": nbytes})
 
+    def sampling(self, checkpoint: str) -> dict[str, Any]:
+        """What `keep_sampling` was told for `checkpoint`; from a file that anybody may have written."""
+        return self._rows(self._read(), "sampling").get(checkpoint, {})
+
+    def keep_sampling(self, checkpoint: str, values: Mapping[str, Any]) -> None:
+        """How answers shall be drawn where a conversation with `checkpoint` begins; nothing forgets it."""
+        with self._lock:
+            kept = self._read()
+            rows = {**self._rows(kept, "sampling"), checkpoint: dict(values)}
+            self._write({**kept, "sampling": {name: row for name, row in rows.items() if row}})
+
     @property
     def folders(self) -> list[str]:
         """Folders that the user typed, the newest first: checkpoints, or folders that hold some."""
@@ -98,8 +109,8 @@ class SettingsStore:
         row = self._rows(self._read()).get(checkpoint, {})
         return {name: row[name] for name in KEPT if name in row}
 
-    def _rows(self, kept: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        rows = kept.get("checkpoints")
+    def _rows(self, kept: dict[str, Any], kind: str = "checkpoints") -> dict[str, dict[str, Any]]:
+        rows = kept.get(kind)
         return {name: row for name, row in rows.items() if isinstance(row, dict)} if isinstance(rows, dict) else {}
 
     def _read(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ FORMAT = 1
 LIMIT_BYTES = 64 << 10  # of a file of settings
 _TYPES: dict[str, tuple[type, ...]] = {  # of settings, as JSON has them
     "checkpoint": (str,), "device": (str,), "link": (str,), "vram": (str, int), "strategy": (str,),
-    "split": (float, int, type(None)), "eviction": (str,), "prefetch": (str,), "dtype": (str,),
+    "split": (float, int, type(None)), "eviction": (str,), "prefetch": (str, int), "dtype": (str,),
     "context_length": (int, type(None)), "prefill_chunk": (int,),
 }  # fmt: skip
 _TRIES = 20  # to catch figures and trace at one instant while tokens are being made

@@ -15,7 +15,7 @@ from typing import Any
 
 from moepic_core.errors import MoepicError
 
-from . import conversation
+from . import conversation, sampling
 from .conversation import Message
 from .nouns import Answer
 from .state import State
@@ -60,6 +60,7 @@ class Talk:
         loaded = self.state.look().loaded
         settings = {**settings, "checkpoint": loaded.settings.checkpoint if loaded else None}
         if found is None:
+            sampling.keep(self.state, settings)
             id, parent = self.store.create(settings), None
         else:
             id, parent = found.id, found.leaf
@@ -144,8 +145,8 @@ class Talk:
         self.state.clear_notice()
         try:
             saved_s = drawn_s = time.monotonic()
-            sampling = {name: value for name, value in settings.items() if name != "system"}
-            for answer in self.state.reply(turns, **sampling, stopped=stop.is_set):
+            values = {name: value for name, value in settings.items() if name != "system"}
+            for answer in self.state.reply(turns, **values, stopped=stop.is_set):
                 text, reason, figures = begun + answer.text, answer.reason or "", _figures(answer)
                 if time.monotonic() - drawn_s >= DRAW_S * len(shown):
                     drawn_s = time.monotonic()

@@ -30,7 +30,7 @@ from .terms import CEILING_TOKENS, HISTORY_TOKENS, TRAFFIC_WINDOW_S
 
 CEILING_PERIOD_S = 4.0
 INTEREST_S = 10.0  # after the last page that shows panels has asked for them, nothing is computed for them any more
-CALM = 200  # while the model answers, the ceiling takes one part in so many of the time
+CALM = 100  # while the model answers, the ceiling takes one part in so many of the time
 
 
 class Watch:
@@ -106,7 +106,7 @@ def find_ceiling(
     trace: RoutingTrace, layers: Sequence[LayerPlan], loads: int, reply: int, rest: Callable[[float], None]
 ) -> Ceiling:
     """What the best cache with the slots of `layers` would have hit on `trace`; rests after each layer."""
-    last, session = [], []
+    last, session, uses = [], [], np.zeros(2, int)
     in_reply = trace.replies == reply  # [tokens]
     for layer, share in enumerate(layers):
         start_s = time.perf_counter()
@@ -114,8 +114,9 @@ def find_ceiling(
         hits = belady_hits(experts, share.slots, trace.num_experts[layer])  # [tokens, k]
         last.append(_share(hits[in_reply], experts[in_reply]))
         session.append(_share(hits, experts))
+        uses += (experts[in_reply] >= 0).sum(), (experts >= 0).sum()
         rest(CALM * (time.perf_counter() - start_s))
-    return Ceiling(loads, reply, trace.num_tokens, tuple(last), tuple(session))
+    return Ceiling(loads, reply, trace.num_tokens, tuple(last), tuple(session), *uses.tolist())
 
 
 def _share(hits: NDArray[np.bool_], experts: NDArray[np.int16]) -> float | None:

@@ -44,7 +44,7 @@ MoEpic.see = (() => {
       }
       MoEpic.seePanels(onScreen.size > 0);
       repaint();
-    });
+    }, { rootMargin: "100px" });
     for (const panel of root.querySelectorAll(".panel")) seen.observe(panel);
     let isDark = null;
     const lit = () => {

@@ -3,8 +3,9 @@
 `python -m benchmarks.compare_strategies [CHECKPOINT]`. Link speeds are such that loading all experts of a token
 takes 1, 2.9 (the paper's machine) and 6 times what computing the token takes. A cell starts with empty caches and the
 routing of an earlier session, plays a few replies to warm up and then the measured ones; all cells are played in turn,
-several rounds. Beside what was measured stand the cost model's prediction and the simulator's replay of the same
-tokens. Emulated link; times hold for this machine, ratios travel.
+several rounds. A round begins with a calibration, and beside what it measured stand the cost model's prediction and the
+simulator's replay of the same tokens, both by the costs of that round. Emulated link; times hold for this machine,
+ratios travel.
 
 One thread computes, so that the link's copies have a core of their own, as they have a copy engine on a GPU.
 `benchmarks.reference_checkpoints` makes two checkpoints for this: `wide` with the bundled model's routing and experts
@@ -28,10 +29,11 @@ import torch
 from benchmarks.common import ForeignLoad, report
 from moepic_core.calibration import calibrate
 from moepic_core.cost_model import predict
+from moepic_core.costs import Costs
 from moepic_core.engine import Engine
 from moepic_core.events import Done
 from moepic_core.hf.text import Sampling
-from moepic_core.measuring import start_over
+from moepic_core.measuring import aside, start_over
 from moepic_core.routing import RoutingTrace
 from moepic_core.simulator import simulate
 from moepic_core.spec import STRATEGIES, Plan, Settings
@@ -59,7 +61,9 @@ class Cell:
     share: float
     ratio: float
     plan: Plan | None = None
-    tpot_s: list[float] = field(default_factory=list)  # one per round
+    tpot_s: list[float] = field(default_factory=list)  # one per round, as the two below
+    predicted_s: list[float] = field(default_factory=list)
+    simulated_s: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -138,19 +142,20 @@ def measure(
             earlier = engine.steering.trace()
             assert earlier is not None
         engine.steering.earlier = earlier
-        costs = calibrate(engine)
         for number in range(options.rounds):
+            costs = calibrate(engine)
+            print(f"ratio {ratio}, round {number + 1}: {rate / 1e6:.0f} MB/s, costs {costs}", file=sys.stderr)
             for cell in cells if number % 2 == 0 else cells[::-1]:
                 load = ForeignLoad()
-                play(engine, cell, variants[cell.variant], options, earlier, questions)
+                with aside(engine):  # costs and statistics stay as they are, so all cells stand on the same
+                    play(engine, cell, variants[cell.variant], options, costs, earlier, questions)
                 disturbed += load.cores() > 0.5
-        print(f"ratio {ratio}: {rate / 1e6:.0f} MB/s, costs {costs}", file=sys.stderr)
     return cells, disturbed
 
 
 def play(
-    engine: Engine, cell: Cell, changes: dict[str, Any], options: argparse.Namespace, earlier: RoutingTrace,
-    questions: Sequence[str],
+    engine: Engine, cell: Cell, changes: dict[str, Any], options: argparse.Namespace, costs: Costs,
+    earlier: RoutingTrace, questions: Sequence[str],
 ) -> None:  # fmt: skip
     """One round of one cell."""
     experts = sum(layer.layer_bytes for layer in engine.spec.moe_layers)
@@ -178,15 +183,17 @@ def play(
     figures = totals.total
     num_experts = [layer.num_experts for layer in engine.spec.moe_layers]
     played = decoded(engine.residency.telemetry.trace(), num_experts, "this run", {}).last(2 * tokens)
-    costs = engine.steering.costs
-    assert costs is not None
-    replay = simulate(played, plan, costs, engine.spec.moe_layers, warm_up=played.num_tokens - tokens, earlier=earlier)
+    assert engine.plan is plan, "the plan changed while a cell was played"
+    layers, warm_up = engine.spec.moe_layers, played.num_tokens - tokens
+    predicted = predict(plan, layers, costs, played, warm_up=warm_up, earlier=earlier)
+    replay = simulate(played, plan, costs, layers, warm_up=warm_up, earlier=earlier)
+    cell.predicted_s.append(predicted.total_s)
+    cell.simulated_s.append(replay.tpot_s)
     cell.facts = {
         "hit_rate": figures.hit_rate, "partial_hit_rate": figures.partial_hit_rate, "miss_rate": figures.miss_rate,
         "overlap": figures.overlap, "bytes_per_token": (figures.demand_bytes + figures.prefetch_bytes) / tokens,
-        "predicted_s": predict(plan, engine.spec.moe_layers, costs, played.last(tokens)).total_s,
-        "simulated_s": replay.tpot_s, "simulated_hit_rate": replay.breakdown.hit_rate,
-        "simulated_miss_rate": replay.breakdown.miss_rate, "budget_bytes": budget,
+        "simulated_hit_rate": replay.breakdown.hit_rate, "simulated_miss_rate": replay.breakdown.miss_rate,
+        "budget_bytes": budget,
     }  # fmt: skip
 
 
@@ -202,8 +209,16 @@ def row(cell: Cell) -> dict[str, Any]:
     return {
         "strategy": cell.variant, "share": round(cell.share, 4), "ratio": cell.ratio,
         "tpot_s": statistics.median(cell.tpot_s), "tpot_s_min": min(cell.tpot_s), "tpot_s_max": max(cell.tpot_s),
+        "predicted_s": statistics.median(cell.predicted_s), "simulated_s": statistics.median(cell.simulated_s),
+        "predicted_over_measured": over(cell.predicted_s, cell.tpot_s),
+        "simulated_over_measured": over(cell.simulated_s, cell.tpot_s),
         **cell.facts,
     }  # fmt: skip
+
+
+def over(expected_s: Sequence[float], measured_s: Sequence[float]) -> float:
+    """The median over the rounds, each by its own costs."""
+    return statistics.median(one / other for one, other in zip(expected_s, measured_s, strict=True))
 
 
 def margins(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -221,8 +236,8 @@ def margins(rows: list[dict[str, Any]]) -> dict[str, Any]:
         )
         enough = [r["share"] for r in theirs if third is not None and r["ratio"] == 2.9 and r["tpot_s"] <= third]
         found[name]["share of experts for moepic's TPOT at 33 %, 2.9x"] = min(enough, default=None)
-    errors = [abs(r["predicted_s"] / r["tpot_s"] - 1) for r in rows]
-    replays = [abs(r["simulated_s"] / r["tpot_s"] - 1) for r in rows]
+    errors = [abs(r["predicted_over_measured"] - 1) for r in rows]
+    replays = [abs(r["simulated_over_measured"] - 1) for r in rows]
     hits = [abs(r["simulated_hit_rate"] - r["hit_rate"]) for r in rows]
     found["prediction error"] = {"median": round(statistics.median(errors), 4), "worst": round(max(errors), 4)}
     found["replay error"] = {"median": round(statistics.median(replays), 4), "worst": round(max(replays), 4)}

@@ -3,7 +3,8 @@
 `python -m benchmarks.page [--seconds 8] [--rounds 3] [--tokens 64] [--checkpoint NAME]`. Needs requirements-test.txt
 and a Chromium. The first part serves the real page over a made-up session: 10 tokens/s of 64 x 256 with every event
 that an engine would tell, and a chat that streams 22 times a second beside it. The second part lets a real engine
-decode with the page open and closed in turn. The last line is one JSON object.
+decode with the panels shown, with them hidden, and with no page at all, in turn, and tells who uses the CPU meanwhile.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import queue
 import shutil
 import socket
 import statistics
 import threading
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -38,6 +43,7 @@ from moepic_core.uniform import uniform_plan
 from moepic_core.verdict import judge
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 64, 256, 8
+REST_S = 3.0  # after a page was opened
 TOKENS_PER_S, UPDATES_PER_S, NUM_REQUESTS = 10, 22, 100
 GB = 10**9
 LAYERS = tuple(MoeLayer(number, NUM_EXPERTS, 768, 2048, 3, 1) for number in range(NUM_LAYERS))
@@ -146,7 +152,7 @@ def main() -> None:
         chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         assert chromium is not None, "no Chromium"
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        with child() as (address, process):
+        with child(serve_made_up) as (address, process, _):
             results |= server_cost(address, process)
             results |= browser_cost(browser, address, options.seconds)
         if options.tokens:
@@ -157,31 +163,54 @@ def main() -> None:
     report("page", {"shape": [NUM_LAYERS, NUM_EXPERTS], "seconds": options.seconds, **results})
 
 
-# ---- the made-up session, in a process of its own ----
+# ---- servers, each in a process of its own ----
 
 
 @contextmanager
-def child() -> Iterator[tuple[str, psutil.Process]]:
+def child(serve: Callable[..., None], *arguments: str) -> Iterator[tuple[str, psutil.Process, Connection]]:
+    """Address and process of a server, and a pipe to it."""
     here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there,))
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, *arguments))
     process.start()
     assert process.pid is not None
     try:
-        yield here.recv(), psutil.Process(process.pid)
+        yield here.recv(), psutil.Process(process.pid), here
     finally:
         process.terminate()
         process.join()
 
 
-def _serve(pipe: Any) -> None:
-    serve(MadeUp(), pipe.send).run()
+def serve_made_up(pipe: Connection) -> None:
+    server(MadeUp(), pipe.send).run()
 
 
-def serve(state: State, ready: Callable[[str], None]) -> Server:
+def serve_checkpoint(pipe: Connection, checkpoint: str) -> None:
+    """A real engine: answers with as many tokens as the pipe says, and tells its speed."""
+    state = State(Settings.create(checkpoint=checkpoint, device="cpu", link="pcie3x16", vram="50% of experts"))
+    ready: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=server(state, ready.put).run, daemon=True).start()
+    address = ready.get()
+    state.load(state.settings)
+    state.wait()
+    assert state.look().loaded is not None, state.look().notice
+    pipe.send(address)
+    while True:
+        for _ in state.reply([{"role": "user", "content": "why?"}], 0.0, 1.0, pipe.recv(), lambda: False):
+            pass
+        snapshot = state.look().snapshot
+        assert snapshot is not None
+        assert snapshot.reply is not None
+        pipe.send(snapshot.reply.tokens_per_s or 0.0)
+
+
+def server(state: State, ready: Callable[[str], object]) -> Server:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return Server(build_app(state), state, "127.0.0.1", port, ready)
+
+
+# ---- the server ----
 
 
 def server_cost(address: str, process: psutil.Process) -> dict[str, float]:
@@ -274,44 +303,59 @@ def browser_cost(browser: Browser, address: str, seconds: float) -> dict[str, fl
 
 # ---- a real engine ----
 
+SCENES = ("shown", "hidden", "closed")  # panels of an open page, and no page at all
+
 
 def decode_cost(browser: Browser, checkpoint: str, num_tokens: int, num_rounds: int) -> dict[str, Any]:
-    """Decode speed with the page open, as a share of the speed with it closed."""
-    state = State(Settings.create(checkpoint=checkpoint, device="cpu", link="pcie3x16", vram="50% of experts"))
-    addresses: list[str] = []
-    ready = threading.Event()
-    server = serve(state, lambda address: (addresses.append(address), ready.set()))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    ready.wait()
-    state.load(state.settings)
-    state.wait()
-    assert state.look().loaded is not None, state.look().notice
-    page = open_page(browser, addresses[0])
+    """Decode speed with the panels shown as a share of that with them hidden, and with no page; who uses the CPU."""
+    used: dict[str, dict[str, list[float]]] = {scene: defaultdict(list) for scene in SCENES}  # scene → process → cores
+    with child(serve_checkpoint, checkpoint) as (address, process, pipe):
+        page = open_page(browser, address)
 
-    def speed(is_open: bool) -> float:
-        page.goto(addresses[0] if is_open else "about:blank")
-        if is_open:
-            expect(page.locator("[data-live=status]")).to_have_text("ready", timeout=120_000)
-        time.sleep(2)
-        for _ in state.reply([{"role": "user", "content": "why?"}], 0.0, 1.0, num_tokens, lambda: False):
-            pass
-        snapshot = state.look().snapshot
-        assert snapshot is not None
-        assert snapshot.reply is not None
-        return snapshot.reply.tokens_per_s or 0.0
+        def speed(scene: str) -> float:
+            stage(page, address, scene)
+            before, start = cpu_s(process), time.monotonic()
+            pipe.send(num_tokens)
+            measured = float(pipe.recv())
+            passed_s, after = time.monotonic() - start, cpu_s(process)
+            for name in after:
+                used[scene][name].append((after[name] - before.get(name, 0.0)) / passed_s)
+            return measured
 
-    rounds = interleave({"open": lambda: speed(True), "closed": lambda: speed(False)}, num_rounds)
-    page.context.close()
-    server.should_exit = True
-    thread.join()
-    state.close()
+        rounds = interleave({scene: partial(speed, scene) for scene in SCENES}, num_rounds)
+        page.context.close()
     return {
-        "decode_open_ratio": round(rounds.ratio("open", "closed"), 3),
-        "decode_open_tokens_per_s": round(statistics.median(rounds.values["open"]), 2),
-        "decode_closed_tokens_per_s": round(statistics.median(rounds.values["closed"]), 2),
+        "decode_shown_to_hidden": round(rounds.ratio("shown", "hidden"), 3),
+        "decode_shown_to_closed": round(rounds.ratio("shown", "closed"), 3),
+        **{f"decode_{scene}_tokens_per_s": round(rounds.median(scene), 2) for scene in SCENES},
+        **{f"cores_{scene}": {name: round(statistics.median(cores), 3) for name, cores in used[scene].items()}
+           for scene in SCENES},
         "num_disturbed_rounds": rounds.num_disturbed,
-    }
+    }  # fmt: skip
+
+
+def stage(page: Page, address: str, scene: str) -> None:
+    """Brings the page into `scene` and lets it come to rest."""
+    page.goto(address if scene != "closed" else "about:blank")
+    if scene != "closed":
+        expect(page.locator("[data-live=status]")).to_have_text("ready", timeout=120_000)
+        fold = page.locator(".top .fold")
+        if (fold.get_attribute("aria-expanded") == "true") != (scene == "shown"):
+            fold.click()
+    time.sleep(REST_S)
+
+
+def cpu_s(server: psutil.Process) -> dict[str, float]:
+    """CPU time so far of the server and of each kind of Chromium's processes."""
+    times: defaultdict[str, float] = defaultdict(float)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            words = process.cmdline()
+            kinds = [word.removeprefix("--type=") for word in words if word.startswith("--type=")]
+            if process == server or "chrom" in words[0]:
+                spent = process.cpu_times()
+                times["server" if process == server else kinds[0] if kinds else "browser"] += spent.user + spent.system
+    return times
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def computing(run: Run, neurons: Sequence[int], costs: Costs) -> NDArray[np.floa
 
     def sums(kind: EventKind, values: Callable[[NDArray[np.void]], NDArray[np.float64]]) -> NDArray[np.float64]:
         rows = events[(events["kind"] == kind) & np.isin(events["token"], tokens)]
-        return np.bincount(np.searchsorted(tokens, rows["token"]), values(rows), minlength=len(tokens))
+        places = np.searchsorted(tokens, rows["token"])
+        return np.bincount(places, values(rows), minlength=len(tokens)).astype(np.float64)
 
     def segments_s(rows: NDArray[np.void]) -> NDArray[np.float64]:
         base_s, row_s = (np.array([getattr(layer, name) for layer in layers]) for name in ("segment_s", "row_s"))
@@ -184,7 +185,8 @@ def bursts(events: NDArray[np.void]) -> NDArray[np.float64]:
     moved, place = moved[order], place.ravel()[order]
     transfers = np.unique(np.stack((place, moved["expert"], moved["part"])), axis=1)[0]
     # Bursts are moved apart, so that one pass unites the intervals of each.
-    apart_s = place * (np.ptp(moved["end_s"]) + np.ptp(moved["start_s"]) + 1.0) - moved["start_s"].min()
+    first_s = moved["start_s"].min()
+    apart_s = place * (moved["end_s"].max() - first_s + 1.0) - first_s
     starts_s, ends_s = moved["start_s"] + apart_s, moved["end_s"] + apart_s
     seen_s = np.maximum.accumulate(np.concatenate(([-np.inf], ends_s[:-1])))
     busy_s = np.maximum(0.0, ends_s - np.maximum(starts_s, seen_s))

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from .costs import Breakdown, Costs, LayerCosts
 from .geometry import record_stride
-from .routing import RoutingTrace
+from .routing import RoutingTrace, joined
 from .spec import LayerPlan, MoeLayer, Plan
 from .units import ALIGNMENT_BYTES
-from .workload import Array, Found, Workload, replay, workload
+from .workload import WARM_UP, Array, Found, Workload, replay, workload
 
 
 class Pieces(NamedTuple):
@@ -200,10 +200,22 @@ def _outcomes(size: Pieces, found: Found, times: LayerTimes) -> Array:
     return np.stack((hits, partial, found.hits + found.misses - hits - partial))
 
 
-def predict(plan: Plan, layers: Sequence[MoeLayer], costs: Costs, trace: RoutingTrace) -> Breakdown:
-    """What a token of `trace` is expected to cost under `plan`; for many plans make the workload once and `walk`."""
+def predict(
+    plan: Plan,
+    layers: Sequence[MoeLayer],
+    costs: Costs,
+    trace: RoutingTrace,
+    *,
+    warm_up: int | None = None,
+    earlier: RoutingTrace | None = None,
+) -> Breakdown:
+    """What a token of `trace` after the first `warm_up` ones (None: a quarter) is expected to cost under `plan`, with
+    caches that knew `earlier` tokens. For many plans make the workload once and `walk`.
+    """
     depth = plan.prefetch_depth if plan.predictor != "none" else 0
-    work = workload(replay(trace, plan.eviction, plan.predictor), depth)
+    known = trace if earlier is None else joined(earlier, trace)
+    start = known.num_tokens - trace.num_tokens + (int(WARM_UP * trace.num_tokens) if warm_up is None else warm_up)
+    work = workload(replay(known, plan.eviction, plan.predictor), depth, start=start)
     return breakdown(walk(work, layers, costs, *table(plan.layers), itemised=True), 0, costs)
 
 

@@ -7,7 +7,7 @@ complete. Never starts a copy from the host, never decides.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from enum import Enum
 
 import torch
@@ -54,6 +54,12 @@ class LayerCache:
 
     def find(self, expert: int) -> Slot | None:
         return self.expert_to_slot.get(expert)
+
+    def whole(self, experts: Iterable[int]) -> list[Slot] | None:
+        """The slots of `experts` if every one of them is here entirely, else None. For use between two steps."""
+        if self.top_rows < self.geometry.neurons or not all(expert in self.expert_to_slot for expert in experts):
+            return None
+        return [self.expert_to_slot[expert] for expert in experts]
 
     def free_slot(self) -> Slot | None:
         if len(self.expert_to_slot) == len(self.slots):

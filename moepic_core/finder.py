@@ -7,6 +7,7 @@ complete local copy is used without asking the network. Through huggingface_hub,
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .spec import ModelSpec
 # the second copy of the weights that some authors keep in a folder of its own or under the name `consolidated`.
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 _UNWANTED = ["*/*", "consolidated*"]
+MOST_KNOWN = 256  # folders whose headers are remembered
 
 Progress = Callable[[int, int], None]  # bytes on disk, bytes wanted as far as known; may raise Cancelled
 
@@ -98,6 +100,21 @@ def _folders(root: Path, levels: int) -> Iterator[Path]:
 
 def _entry(name: str, folder: Path, revision: str | None) -> CheckpointEntry | None:
     """The line for `folder`, or None when there is no Mixture-of-Experts model in it."""
+    return _read_entry(name, folder, revision, tuple(sorted(map(_state, folder.iterdir()))))
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    """Name, time and size: a file that was written again differs in one of them. A link to nothing has neither."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path.name, 0, 0
+    return path.name, found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(MOST_KNOWN)
+def _read_entry(name: str, folder: Path, revision: str | None, _: tuple[Any, ...]) -> CheckpointEntry | None:
+    """Reads the headers of all files of `folder`, as long as they are in the same state only once."""
     try:
         config = ModelConfig(folder)
     except BadCheckpoint as error:

@@ -156,9 +156,7 @@ class Outlook:
             if best == 0:
                 why = "whole experts are the fastest even if routing is uniform"
                 if whole_s > min(split_s) / TELLING:
-                    why = (
-                        "assumed routing cannot tell splits from whole experts, which real routing favours"
-                    )
+                    why = "assumed routing cannot tell splits from whole experts, which real routing favours"
             reason = reason_of(base.strategy, shares, layers, why)
         elif self._allocation == "planned":
             levels, *_ = self._frontier.best(self._room(base))

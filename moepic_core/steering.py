@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .budgets import Needs
 from .costs import Breakdown, Costs
-from .drift import KEPT, TYPICAL_ERROR, Drift, drift_of, followed, forecast_error, is_stale
+from .drift import KEPT, Drift, drift_of, followed, is_stale
 from .memory import Memory
 from .planner import make_plan, what_if
 from .routing import RoutingTrace, joined
@@ -49,13 +49,13 @@ class Steering:
         self.earlier = memory.trace(spec.fingerprint) or brought
         self._new_tokens = 0  # made since the last plan
         self._known_tokens = 0  # that it stands on
-        self._drifts: tuple[Drift, ...] = ()  # of the last replies, by the costs in force
+        self.drifts: tuple[Drift, ...] = ()  # of the last replies, from the costs in force
         self._costs_changed = False  # since the last plan
 
     def learn(self, costs: Costs) -> None:
         """From now on plans stand on `costs`."""
         self.costs = costs
-        self._drifts = ()
+        self.drifts = ()
         self._costs_changed = True
         self.memory.keep_costs(self._key, costs)
 
@@ -69,16 +69,11 @@ class Steering:
         found = drift_of(self.telemetry.events()[0], reply.number, plan, self.spec.moe_layers, self.costs)
         if found is None:
             return
-        self._drifts = (*self._drifts, found)[-KEPT:]
-        if is_stale(self._drifts):
-            costs = followed(self.costs, self._drifts)
+        self.drifts = (*self.drifts, found)[-KEPT:]
+        if is_stale(self.drifts):
+            costs = followed(self.costs, self.drifts)
             if costs is not self.costs:
                 self.learn(costs)
-
-    @property
-    def forecast_error(self) -> float:
-        """How far a token's time may be from its prediction, 0..1, by the last replies."""
-        return TYPICAL_ERROR if self.costs is None else forecast_error(self.costs, self._drifts)
 
     def trace(self) -> RoutingTrace | None:
         """The last WINDOW tokens, of earlier sessions too; None while they are too few."""

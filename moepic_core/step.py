@@ -64,6 +64,8 @@ class Step:
         self.layer = layer
         self.cache = residency.caches[layer]
         self.open: dict[int, _Need] = {}
+        self._whole: list[Slot] | None = None  # of all needed experts, when nothing has to be brought
+        self._bounds_s: list[float] = []  # between the computations from them
         self._protected: Collection[int] = counts if residency.decode else self.open
         self._ready: deque[_Part] = deque()
         self._arriving: list[_Part] = []
@@ -82,6 +84,11 @@ class Step:
         return self
 
     def __iter__(self) -> Iterator[Piece]:
+        if self._whole is not None:
+            self._bounds_s.append(time.perf_counter())
+            for slot in self._whole:
+                yield Piece(slot.expert, 0, slot.weights)
+                self._bounds_s.append(self._computed_s())
         while self._ready or self._arriving:
             need, start_row, _ = part = self._next()
             piece = Piece(need.expert, start_row, self._weights(part))
@@ -99,6 +106,9 @@ class Step:
         assert kind is not None or not self.open, sorted(self.open)
         self._abandon_all()
         telemetry, token = self.residency.telemetry, self.residency.token
+        if self._whole is not None:
+            assert kind is not None or len(self._bounds_s) > len(self._whole), (len(self._bounds_s), len(self._whole))
+            self._finish_whole()
         telemetry.event(EventKind.STEP, self.layer, -1, Part.WHOLE, self._start_s, time.perf_counter(), 0, token)
 
     def _begin(self, counts: Mapping[int, int]) -> None:
@@ -107,13 +117,15 @@ class Step:
         policy = residency.policies[layer]
         for expert, count in counts.items():
             policy.touch(expert, residency.token, count)
+        self._whole = self.cache.whole(counts)
+        whole = self._whole is not None
         for guessed_layer, expert in list(residency.staging.guesses):
-            if guessed_layer == layer and expert not in counts:
+            if guessed_layer == layer and (expert not in counts or whole):
                 residency.drop_guess(residency.staging.guesses[layer, expert])
         guesses = residency.predictor.observe(layer, counts) if residency.decode else ()
         if residency.matrices is not None and residency.decode:
             residency.matrices.observe(layer, counts)
-        outcomes = [self._classify(expert) for expert in counts]
+        outcomes = [Outcome.HIT if whole else self._classify(expert) for expert in counts]
         residency.telemetry.layer_step(layer, residency.token, list(counts), outcomes, list(counts.values()), guesses)
         for need in list(self.open.values()):
             self._demand(need)
@@ -210,11 +222,24 @@ class Step:
         stop_row = rows if part.start_row == 0 and rows > 0 else geometry.neurons
         return rows_of(need.staged.buffer, geometry, self.residency.dtype, part.start_row, stop_row)
 
-    def _computed(self, piece: Piece, start_s: float) -> None:
-        """The caller came back for the next piece: it computed `piece` from `start_s` until now."""
+    def _computed_s(self) -> float:
+        """When the piece that was handed out last had been computed, or was on its way through the device."""
         if self.residency.precise:
             self.residency.transfer.fence().wait()
-        now_s, num_rows = time.perf_counter(), piece.weights.shape[0]
+        return time.perf_counter()
+
+    def _finish_whole(self) -> None:
+        """The slots never left `ready`: nobody else can want them while their own layer runs and lacks nothing."""
+        assert self._whole is not None
+        fence, residency = self.residency.transfer.fence(), self.residency
+        for slot in self._whole:
+            slot.fence = fence
+        experts = [slot.expert for slot in self._whole][: max(0, len(self._bounds_s) - 1)]
+        residency.telemetry.computed(self.layer, experts, Part.WHOLE, self._bounds_s, residency.token)
+
+    def _computed(self, piece: Piece, start_s: float) -> None:
+        """The caller came back for the next piece: it computed `piece` from `start_s` until now."""
+        now_s, num_rows = self._computed_s(), piece.weights.shape[0]
         part = Part.TOP if piece.start_row == 0 else Part.BOTTOM
         if num_rows == self.cache.geometry.neurons:
             part = Part.WHOLE

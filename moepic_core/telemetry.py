@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
@@ -173,6 +174,14 @@ class Telemetry:
                 self._seconds[phase][layer][_LINK_BUSY_S] += self._link.add(start_s, end_s)
             elif kind == EventKind.STALL:
                 self._seconds[phase][layer][_STALL_S] += end_s - start_s
+            self._version += 1
+
+    def computed(self, layer: int, experts: Sequence[int], part: Part, bounds_s: Sequence[float], token: int) -> None:
+        """COMPUTE events of segments one after the other: `experts[i]`'s from `bounds_s[i]` to `bounds_s[i + 1]`."""
+        with self._lock:
+            head, put = (EventKind.COMPUTE, self._trace_phase, part, layer), self._events.put
+            for expert, bounds in zip(experts, pairwise(bounds_s), strict=True):
+                put((*head, expert, self._reply_number, token, 0, *bounds))
             self._version += 1
 
     # What readers get

@@ -121,12 +121,12 @@ def assumed_trace(num_experts: Sequence[int], top_k: int) -> RoutingTrace:
     )  # fmt: skip
 
 
-def workload(known: Replay, depth: int, most_slots: int | None = None) -> Workload:
+def workload(known: Replay, depth: int, most_slots: int | None = None, start: int | None = None) -> Workload:
     """The sampled tokens of a replay, with the first `depth` guesses of each list, for all numbers of slots or only
-    those up to `most_slots`.
+    those up to `most_slots`. Tokens before `start` do not count; None: the first WARM_UP of them.
     """
     trace, (expert_ranks, guess_ranks) = known.trace, known.ranks
-    start = int(WARM_UP * trace.num_tokens)
+    start = int(WARM_UP * trace.num_tokens) if start is None else start
     num_tokens = min(max(128, SAMPLE // len(trace.num_experts)), 384)
     tokens = np.unique(np.linspace(start, trace.num_tokens - 1, num_tokens).astype(int))
     experts, guesses = trace.experts[tokens], trace.guesses[tokens, :, :depth]

@@ -1,10 +1,10 @@
-"""What all tests share: no network, no home directory, tiny checkpoints on demand, GPU tests skipped without a GPU."""
+"""What all tests share: no network, no home directory, tiny checkpoints and pages on demand, no GPU needed."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+    from pages import Pages
+    from playwright.sync_api import Browser
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read by torch when it is first imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,12 +24,45 @@ os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "moepic-tests-have-n
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What outlives a session is kept in a folder of each test's own, and measuring a machine takes no time."""
+    """What outlives a session is kept in a folder of each test's own."""
     monkeypatch.setenv("MOEPIC_HOME", str(tmp_path_factory.mktemp("home")))
-    from moepic_core import calibration, link_probe
 
-    monkeypatch.setattr(calibration, "_SECONDS", 0.02)
-    monkeypatch.setattr(link_probe, "_SECONDS", 0.01)
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_measurements() -> Iterator[None]:
+    """Measuring a machine takes no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moepic_core.calibration._SECONDS", 0.02)
+        patch.setattr("moepic_core.link_probe._SECONDS", 0.01)
+        yield
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One Chromium for all browser tests of a worker: starting one takes seconds."""
+    from pages import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def pages(browser: Browser) -> Iterator[Pages]:
+    """Opens watched pages."""
+    from pages import Pages
+
+    pages = Pages(browser)
+    yield pages
+    pages.close()
+
+
+@pytest.fixture(autouse=True)
+def no_complaints(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test of the page, nothing is on its console that should not be."""
+    pages: Pages | None = request.getfixturevalue("pages") if "pages" in request.fixturenames else None
+    yield
+    if pages is not None:
+        pages.check()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """What the browser tests share: Chromium, watched pages, and the application as its users start it.
 
-A watched page may not write an error to its console nor ask anybody but its own server for anything; a test file gives
-its pages a `Pages` and calls `check` after every test. What a test provokes on purpose it names with `forgive`.
+A watched page may not write an error to its console nor ask anybody but its own server for anything; the fixtures
+`pages` and `no_complaints` of `conftest` see to it after every test. What a test provokes on purpose it names with
+`forgive`.
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ class Pages:
     def forgive(self, *patterns: str) -> None:
         self.complaints[:] = [text for text in self.complaints if not any(re.match(each, text) for each in patterns)]
 
+    def close(self) -> None:
+        """Leaves nothing open that would go on asking a server that has gone."""
+        for context in self.browser.contexts:
+            context.close()
+
     def check(self) -> None:
         found, self.complaints = self.complaints, []
         assert not found, "\n".join(found)
@@ -83,14 +89,14 @@ def _is_foreign(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def chromium() -> Iterator[Pages]:
-    """Skips the test where there is none."""
+def chromium() -> Iterator[Browser]:
+    """Skips the tests where there is none."""
     if CHROMIUM is None:
         pytest.skip("no Chromium; install it with: sudo apt-get install chromium")
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield Pages(browser)
+        yield browser
         browser.close()
 
 

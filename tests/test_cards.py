@@ -156,6 +156,8 @@ def test_the_forecast_lies_between_the_budgets_that_were_planned() -> None:
     card = cards.forecast_card(chosen, middle)
     assert card is not None
     assert (card["speed"], card["range"], card["time"]) == ("11.8", "11 to 13", "85.0 ms per token")
+    wider = cards.forecast_card(replace(chosen, forecast=Forecast(points, error=0.3)), middle)
+    assert wider is not None and wider["range"] == "8 to 15"
     quarter = cards.forecast_card(chosen, (NEEDS.smallest + middle) // 2)
     assert quarter is not None
     assert quarter["seconds"] == pytest.approx(0.11)

@@ -16,6 +16,7 @@ import torch
 from tiny_checkpoints import write_sparse
 
 from moepic_core import cli
+from moepic_core.commands import generate
 from moepic_core.spec import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +177,7 @@ def test_ctrl_c_ends_the_reply_and_then_the_program(
         for _ in range(times):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli, "_show", show)
+    monkeypatch.setattr(generate, "_show", show)
     assert (moepic(*arguments).code, len(shown)) == (0, 1)
     assert signal.getsignal(signal.SIGINT) is before
     times = 2

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moepic_core.cost_fit import Run, fit_costs
+from moepic_core.cost_fit import Run, bursts, computing, fit_costs
 from moepic_core.costs import LinkSpeed
-from moepic_core.trace import EVENT, EventKind, Part, TracePhase
+from moepic_core.trace import EVENT, Coverage, EventKind, Part, TracePhase
 
 BEFORE, STEP, GUESS, SEGMENT, ROW, AFTER = 1e-3, 2e-4, 5e-5, 3e-5, 1e-6, 4e-3
 NEURONS = 100
@@ -92,3 +94,40 @@ def test_what_small_transfers_take_longer_is_latency() -> None:
     costs = fit_costs([Run(np.array(rows, EVENT), (30,), False)], [NEURONS], 4096, LINK)
     assert costs.link_latency_s == pytest.approx(2e-4, rel=1e-6)
     assert costs.link_bytes_per_s == pytest.approx(1e8, rel=1e-6)
+
+
+def test_the_error_is_how_far_fitted_tokens_are_from_the_fit() -> None:
+    runs = [run(30, False), run(30, True), run(70, True, stall=3e-3)]
+    costs = fit_costs(runs, [NEURONS] * 3, 4096, LINK)
+    assert costs.error == pytest.approx(0, abs=1e-6)
+    for each in runs:
+        assert computing(each, [NEURONS] * 3, costs) == pytest.approx(np.ones(6))
+    events = runs[2].events.copy()
+    made = np.flatnonzero(events["kind"] == EventKind.TOKEN)[1:]
+    events["end_s"][made] += 0.25 * (events["end_s"] - events["start_s"])[made] - 0.25 * 3 * 3e-3
+    slower = Run(events, runs[2].top_rows, True)
+    assert computing(slower, [NEURONS] * 3, costs) == pytest.approx(np.full(6, 1.25))
+    half = fit_costs([runs[0], slower], [NEURONS] * 3, 4096, LINK)
+    assert 0.05 < half.error < 0.25
+
+
+moves = st.tuples(
+    st.sampled_from([EventKind.DEMAND, EventKind.PREFETCH]), st.integers(0, 2), st.integers(0, 2), st.integers(0, 3),
+    st.sampled_from(list(Part)), st.integers(1, 100), st.integers(0, 50), st.integers(1, 30),
+)  # fmt: skip
+
+
+@given(st.lists(moves, min_size=1, max_size=40))
+def test_bursts_are_united_intervals(found: list[tuple[int, ...]]) -> None:
+    events = np.array([
+        (kind, TracePhase.DECODE, part, layer, expert, 1, token, nbytes, float(start), float(start + length))
+        for kind, token, layer, expert, part, nbytes, start, length in found
+    ], EVENT)  # fmt: skip
+    expected = {}
+    for row in np.sort(events, order="start_s"):
+        of_burst = expected.setdefault((row["kind"], row["token"], row["layer"]), (set(), [0], Coverage()))
+        of_burst[0].add((row["expert"], row["part"]))
+        of_burst[1][0] += row["nbytes"]
+        of_burst[1].append(of_burst[2].add(float(row["start_s"]), float(row["end_s"])))
+    wanted = [(len(pieces), counted[0], sum(counted[1:])) for _, (pieces, counted, _) in sorted(expected.items())]
+    assert bursts(events) == pytest.approx(np.array(wanted, float))

@@ -251,3 +251,20 @@ def test_tokens_take_as_long_as_in_the_simulator(ratio: float, prefetch: str, sp
         truth = simulate(trace, plan, costs, layers, warm_up=60).breakdown
         assert predicted.total_s == pytest.approx(truth.total_s, rel=0.04), (share, predicted, truth)
         assert predicted.link_bytes == pytest.approx(truth.link_bytes, rel=0.06)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_short_trace_finds_what_earlier_tokens_left(share: float) -> None:
+    """As in the simulator; alone it would find large caches all but empty."""
+    layer = toy_layer(40, 512, 16)
+    layers, needs = (layer,) * 4, Needs((layer,) * 4, 3, 0, 0, 0)
+    earlier, costs = toy_trace(1, 400, 4, 16, 3), toy_costs(layer, 4, 3, 2.9)
+    short = earlier.last(30)
+    budget = needs.smallest + int(share * (needs.everything - needs.smallest))
+    plan = uniform_plan(Settings.create(checkpoint="x", split=1.0), needs, budget)
+    known = predict(plan, layers, costs, short, warm_up=10, earlier=earlier)
+    truth = simulate(short, plan, costs, layers, warm_up=10, earlier=earlier).breakdown
+    assert known.total_s == pytest.approx(truth.total_s, rel=0.04)
+    assert known.link_bytes == pytest.approx(truth.link_bytes, rel=0.06)
+    alone = predict(plan, layers, costs, short, warm_up=10)
+    assert share < 0.5 or alone.link_bytes > 1.3 * known.link_bytes

@@ -173,7 +173,7 @@ def test_costs_follow_the_machine(checkpoints: Callable[..., Path], tmp_path: Pa
         found = engine.steering.costs
         assert compute_s(found) < 0.5 * compute_s(believed)
         assert "costs follow the last replies: computing took 0." in engine.plan.reason
-        assert engine.steering.forecast_error >= 0.1
+        assert engine.steering.drifts == ()  # they were those of other costs
         engine.check()
     with Engine.load(settings, memory=tmp_path) as again:
         assert again.steering.costs == found

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moepic_core.expert_math import ExpertMath, PairSum
+from moepic_core.expert_math import ExpertMath, PairSum, padded
 
 EXPERTS, NEURONS, HIDDEN, TOKENS, TOP_K = 5, 24, 16, 7, 3
 TOLERANCE = 1e-6  # of the largest value, float32: sums of 24 products in another order
@@ -111,6 +111,7 @@ def test_a_segment_reads_a_strided_record_in_place() -> None:
 values = st.floats(-1e4, 1e4, width=32)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(values, values, values), min_size=2, max_size=2),
     st.sampled_from((torch.float32, torch.bfloat16)),
@@ -154,3 +155,20 @@ def test_the_down_bias_is_weighted_and_counts_once_per_expert() -> None:
 
 def test_pairs_that_nobody_computed_stay_zero() -> None:
     assert not PairSum(torch.ones(2, 4), torch.tensor([[0, 1], [1, 0]])).total(torch.ones(2, 2), None).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_pad_a_product_are_never_added(dtype: torch.dtype) -> None:
+    """Five tokens of an expert run as six; the sixth is nobody's."""
+    math, hidden_states = KINDS["gated"], torch.ones(7, X.shape[1], dtype=dtype)
+    x = math.gather(hidden_states, torch.tensor([6, 0, 3, 4, 5]))
+    assert x.shape[0] == (5 if dtype == torch.float32 else 6)
+    total = PairSum(hidden_states, torch.zeros(7, 1, dtype=torch.int64))
+    total.add(x, torch.tensor([6, 0, 3, 4, 5]))
+    assert total.total(torch.ones(7, 1), None)[:, 0].tolist() == [1, 0, 0, 1, 1, 1, 1]
+
+
+def test_few_numbers_of_rows_serve_all_prompts() -> None:
+    sizes = [padded(rows) for rows in range(1, 513)]
+    assert all(rows <= size < rows * 3 / 2 for rows, size in enumerate(sizes, start=1))
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]

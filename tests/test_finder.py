@@ -8,12 +8,13 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from huggingface_hub import constants
 from tiny_checkpoints import write_sparse
 
+from moepic_core import finder
 from moepic_core.errors import BadCheckpoint, Cancelled
 from moepic_core.finder import list_cached, list_folder, resolve
 
@@ -128,6 +129,20 @@ def test_each_revision_in_the_cache_has_its_line(cache: Path) -> None:
     ]
 
 
+def test_headers_are_read_again_only_when_files_have_changed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(snapshot(cache, "org/model"), num_shards=2, present=1)
+    read: list[Path] = []
+    real = finder.read_spec
+    monkeypatch.setattr(finder, "read_spec", lambda folder: read.append(folder) or real(folder))
+    first, second = list_cached(), list_cached()
+    assert first == second
+    assert first[0].incomplete
+    assert read == [folder]
+    save(folder, num_shards=2)
+    assert list_cached()[0].spec is not None
+    assert read == [folder, folder]
+
+
 def test_a_folder_lists_the_checkpoints_in_it(tmp_path: Path) -> None:
     save(tmp_path / "org" / "model")
     save(tmp_path / "flat", num_shards=2, present=1)
@@ -147,6 +162,8 @@ class Hub(BaseHTTPRequestHandler):
     """Just enough of the hub's HTTP interface to list and fetch the files in `Hub.folder` as `org/model`."""
 
     folder: Path
+    break_at = 0  # bytes after which the first weight file breaks off, once
+    ranges: ClassVar[list[str]] = []  # that were asked for
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -175,17 +192,42 @@ class Hub(BaseHTTPRequestHandler):
         elif path.startswith(prefix := f"/org/model/resolve/{COMMIT}/"):
             body = (self.folder / path.removeprefix(prefix)).read_bytes()
             headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
+            if with_body and (wanted := self.headers.get("Range")):
+                self._go_on(body, headers, wanted)
+                return
+            if with_body and Hub.break_at and path.endswith(".safetensors"):
+                self._break_off(body, headers)
+                return
         else:
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
             self.end_headers()
             return
-        self.send_response(200)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
+        self._begin(200, {**headers, "Content-Length": str(len(body))})
         if with_body:
             self.wfile.write(body)
+
+    def _break_off(self, body: bytes, headers: dict[str, str]) -> None:
+        self._begin(200, {**headers, "Content-Length": str(len(body))})
+        self.wfile.write(body[: Hub.break_at])
+        Hub.break_at = 0
+        self.close_connection = True
+
+    def _go_on(self, body: bytes, headers: dict[str, str], wanted: str) -> None:
+        Hub.ranges.append(wanted)
+        start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        about = {
+            "Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}",
+            "Content-Length": str(len(body) - start),
+        }
+        self._begin(206, {**headers, **about})
+        self.wfile.write(body[start:])
+
+    def _begin(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
 
     def log_message(self, *args: Any) -> None:
         """Tests are silent."""
@@ -195,6 +237,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder that a hub on this machine serves as `org/model`."""
     Hub.folder = tmp_path / "served"
+    Hub.ranges.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -225,6 +268,16 @@ def test_a_partial_snapshot_is_completed(hub: Path, cache: Path) -> None:
     save(snapshot(cache, "org/model"), num_shards=2, present=1)
     folder = resolve("org/model")
     assert len(list(folder.glob("*.safetensors"))) == 2
+
+
+def test_a_file_that_breaks_off_goes_on_where_it_was(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hub, "break_at", 200)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # only whole ones count
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the hub's client rests before it tries again
+    folder = resolve("org/model")
+    assert Hub.ranges == ["bytes=200-"]
+    for file in hub.glob("*.safetensors"):
+        assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_download_can_be_stopped(hub: Path) -> None:

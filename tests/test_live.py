@@ -186,6 +186,17 @@ def test_the_ceiling_is_belady_on_the_recorded_trace(telemetry: Telemetry) -> No
     assert shown["session"]["texts"]["ceiling"] == percent(sum(part or 0 for part in ceiling.session) / NUM_LAYERS)
 
 
+def test_a_ceiling_is_shown_beside_the_uses_that_it_is_of(telemetry: Telemetry) -> None:
+    trace = decoded(telemetry.trace(), [NUM_EXPERTS] * NUM_LAYERS, "recorded", {})
+    ceiling, now = find_ceiling(trace, PLAN.layers, 1, 2, lambda _: None), look_at(telemetry).snapshot
+    assert now is not None and ceiling.beside(now) == (ceiling.last_reply, ceiling.session)
+    assert replace(ceiling, reply=1).beside(now) == (None, ceiling.session)
+    assert replace(ceiling, reply_uses=ceiling.reply_uses // 2).beside(now) == (None, ceiling.session)
+    assert replace(ceiling, session_uses=ceiling.session_uses // 2).beside(now) == (ceiling.last_reply, None)
+    full = replace(ceiling, reply_uses=0, session_uses=0, num_tokens=terms.CEILING_TOKENS)
+    assert full.beside(now) == (ceiling.last_reply, ceiling.session)
+
+
 def best_hits(tokens: list[list[int]], slots: int) -> int:
     """The most hits of any cache in which a token's experts all end up, found by trying everything."""
     from itertools import combinations

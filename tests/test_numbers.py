@@ -73,6 +73,7 @@ def ask(state: State, watch: Watch, talk: Talk) -> Shown:
         _, _, beside = talk.send(question, beside, settings)
         for _, told in talk.answer(beside, settings, threading.Event()):
             beside = told or beside
+    watch.live()  # nothing is computed for panels that nobody looks at
     end_s = time.monotonic() + 20
     while watch._ceiling is None or watch._ceiling.num_tokens != sum(TOKENS) - 2:
         assert time.monotonic() < end_s, watch._ceiling

@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-from pages import EVIL, GONE, Pages, chromium, served  # noqa: E402
+from pages import EVIL, GONE, Pages, served  # noqa: E402
 from playwright.sync_api import BrowserContext, Locator, Page, expect  # noqa: E402
 
 from app.conversation import Conversation, Message  # noqa: E402
@@ -84,18 +84,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 def address(store: Store) -> Iterator[str]:
     with served(Scripted(Settings.create(checkpoint="absent")), store=store) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def pages() -> Iterator[Pages]:
-    with chromium() as pages:
-        yield pages
-
-
-@pytest.fixture(autouse=True)
-def no_complaints(pages: Pages) -> Iterator[None]:
-    yield
-    pages.check()
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +340,9 @@ def test_settings_belong_to_the_conversation(page: Page) -> None:
     expect(temperature).to_have_value("1.1")
     page.get_by_label("System prompt").fill("Be odd.")
     ask(page, "creative question")
-    page.get_by_role("button", name="Reset").click()
+    new_chat(page)
+    expect(temperature).to_have_value("1.1")  # as with this checkpoint last time
+    page.get_by_role("button", name="Reset to the checkpoint's own").click()
     expect(temperature).to_have_value("0.7")
     expect(page.get_by_role("radio", name="Balanced")).to_be_checked()
     page.get_by_label("System prompt").fill("")

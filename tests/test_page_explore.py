@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.browser
 
 from exported import Export  # noqa: E402
-from pages import EVIL, Pages, chromium, served  # noqa: E402
+from pages import EVIL, Pages, served  # noqa: E402
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
 
 from app.state import State  # noqa: E402
@@ -25,18 +25,10 @@ MARKS = ".trace, .bars .point"
 
 
 @pytest.fixture(scope="module")
-def pages() -> Iterator[Pages]:
-    with chromium() as pages:
-        yield pages
-
-
-@pytest.fixture(scope="module")
 def state(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEPIC_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
-        patch.setattr("moepic_core.calibration._SECONDS", 0.02)
-        patch.setattr("moepic_core.link_probe._SECONDS", 0.01)
         patch.setattr(comparison, "MOST", 4)
         patch.setattr("app.explore.BUDGETS", 5)
         patch.setattr("app.explore.BELADY_SIZES", 3)
@@ -56,12 +48,6 @@ def store() -> Store:
 def page(pages: Pages, state: State, store: Store) -> Iterator[Page]:
     with served(state, store=store) as address:
         yield pages.open(address, pages.context(accept_downloads=True))
-
-
-@pytest.fixture(autouse=True)
-def no_complaints(pages: Pages) -> Iterator[None]:
-    yield
-    pages.check()
 
 
 def view(page: Page, name: str) -> Locator:

@@ -14,17 +14,11 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-from pages import EVIL, GONE, App, Pages, chromium  # noqa: E402
+from pages import EVIL, GONE, App, Pages  # noqa: E402
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
 
 QUESTION = "What is a router?"
 READY = ("ready", "answering")
-
-
-@pytest.fixture(scope="module")
-def pages() -> Iterator[Pages]:
-    with chromium() as pages:
-        yield pages
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +41,6 @@ def page(shared_page: Page) -> Page:
     shared_page.keyboard.press("Alt+n")
     expect(shared_page.locator("#conversation .message")).to_have_count(0)
     return shared_page
-
-
-@pytest.fixture(autouse=True)
-def no_complaints(pages: Pages) -> Iterator[None]:
-    yield
-    pages.check()
 
 
 def status(page: Page) -> Locator:

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-from pages import Pages, chromium, served  # noqa: E402
+from pages import Pages, served  # noqa: E402
 from playwright.sync_api import Page, expect  # noqa: E402
 
 from app.sensors import RecordedSource  # noqa: E402
@@ -39,7 +39,11 @@ COLOURS = """canvas => {
   return found.size;
 }"""
 
-
+COUNT_FRAMES = """{
+  const real = window.requestAnimationFrame;
+  window.numFrames = 0;
+  window.requestAnimationFrame = (act) => real(act, numFrames++);
+}"""
 # All texts that the tooltip shows while the pointer goes along the middle of a lane of the timeline.
 SWEEP = """(canvas, lane) => {
   const box = canvas.getBoundingClientRect(), found = new Set();
@@ -54,18 +58,13 @@ SWEEP = """(canvas, lane) => {
 
 
 @pytest.fixture(scope="module")
-def pages() -> Iterator[Pages]:
-    with chromium() as pages:
-        yield pages
-
-
-@pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEPIC_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.setattr("app.watch.CEILING_PERIOD_S", 0.3)
-        yield State(Settings.create(checkpoint="demo-random-moe", device="cpu", link="emulated:500MB/s", vram="50%"))
+        given = {"link": "emulated:500MB/s", "vram": "50%", "split": 0.4}  # something travels for every token
+        yield State(Settings.create(checkpoint="demo-random-moe", device="cpu", **given))
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +78,11 @@ def address(pages: Pages, state: State, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def page(pages: Pages, address: str) -> Page:
     """One for all tests: opening one takes seconds."""
-    page = pages.open(address)
+    context = pages.context()
+    context.add_init_script(COUNT_FRAMES)
+    page = pages.open(address, context)
     expect(page.locator("[data-p=hardware] [data-t=device]")).to_have_text("Card 12")
     return page
-
-
-@pytest.fixture(autouse=True)
-def no_complaints(pages: Pages) -> Iterator[None]:
-    yield
-    pages.check()
 
 
 def look_now(page: Page) -> None:
@@ -230,15 +225,56 @@ def test_the_engine_s_column_needs_no_scrolling(page: Page) -> None:
 @pytest.mark.parametrize(("size", "is_dark"), [((1440, 900), True), ((390, 844), True), ((390, 844), False)])
 def test_nothing_scrolls_sideways_and_pictures_fit(page: Page, size: tuple[int, int], is_dark: bool) -> None:
     page.set_viewport_size({"width": size[0], "height": size[1]})
+    drawn(page, "heat")
     before = page.locator("[data-c=heat]").evaluate("canvas => canvas.toDataURL()")
     if page.evaluate("document.body.classList.contains('dark')") != is_dark:
         page.locator("button.theme").click()
+        page.locator("[data-c=heat]").scroll_into_view_if_needed()
         page.wait_for_function("(before) => document.querySelector('[data-c=heat]').toDataURL() !== before", arg=before)
-    page.wait_for_function("(width) => document.querySelector('[data-c=heat]').clientWidth < width", arg=size[0])
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     for name in PICTURES:
+        drawn(page, name)
         assert colours(page, name) >= 1
         box = page.locator(f"[data-c={name}]").bounding_box()
         assert box is not None
         assert box["width"] > 150
         assert box["height"] > 30
+
+
+def drawn(page: Page, name: str) -> None:
+    """Brings a picture to where it can be seen, and waits until it is drawn at its size there."""
+    page.locator(f"[data-c={name}]").scroll_into_view_if_needed()
+    page.wait_for_function("""(name) => {
+      const canvas = document.querySelector(`[data-c=${name}]`);
+      return Math.abs(canvas.width - canvas.clientWidth * devicePixelRatio) <= 1;
+    }""", arg=name)  # fmt: skip
+
+
+def test_an_idle_page_lets_the_browser_rest(page: Page) -> None:
+    before = page.evaluate("numFrames")
+    page.wait_for_timeout(500)
+    assert page.evaluate("numFrames") - before < 10  # of 30 that the screen shows meanwhile
+
+
+def test_what_nobody_sees_is_not_asked_for(page: Page) -> None:
+    page.set_viewport_size({"width": 1440, "height": 900})
+    wide = page.locator("#talk").bounding_box()
+    page.keyboard.press("Alt+e")
+    expect(page.locator("#controls")).to_be_hidden()
+    with page.expect_request(lambda request: "/ui/live" in request.url and "panels=false" in request.url) as asked:
+        look_now(page)
+    response = asked.value.response()
+    assert response is not None
+    assert not {"see", "hardware"} & response.json().keys()
+    page.reload()
+    fold = page.get_by_role("button", name="Model and engine")
+    expect(fold).to_have_attribute("aria-expanded", "false")
+    expect(page.locator("#controls")).to_be_hidden()
+    folded = page.locator("#talk").bounding_box()
+    assert wide is not None
+    assert folded is not None
+    assert folded["width"] > wide["width"]
+    with page.expect_request(lambda request: "/ui/live" in request.url and "panels=true" in request.url):
+        fold.click()
+    expect(page.locator("[data-p=hardware] [data-t=device]")).to_have_text("Card 12")
+    assert colours(page, "heat") >= 1

@@ -17,7 +17,7 @@ import pytest
 pytestmark = pytest.mark.browser
 
 from huggingface_hub import constants  # noqa: E402
-from pages import Pages, chromium, served  # noqa: E402
+from pages import Pages, served  # noqa: E402
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from test_finder import COMMIT, Hub, save, snapshot  # noqa: E402
@@ -86,8 +86,6 @@ def home(tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[..., Pa
         patch.setattr(constants, "ENDPOINT", endpoint)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK_BYTES)
-        patch.setattr("moepic_core.calibration._SECONDS", 0.02)
-        patch.setattr("moepic_core.link_probe._SECONDS", 0.01)
         save(snapshot(home / "hub", "org/part"), num_shards=3, present=1)
         yield home
         server.shutdown()
@@ -101,12 +99,6 @@ def state(home: Path) -> State:
 
 
 @pytest.fixture(scope="module")
-def pages() -> Iterator[Pages]:
-    with chromium() as pages:
-        yield pages
-
-
-@pytest.fixture(scope="module")
 def page(pages: Pages, state: State) -> Iterator[Page]:
     with served(state) as address:
         state.load(state.settings)
@@ -116,10 +108,8 @@ def page(pages: Pages, state: State) -> Iterator[Page]:
 
 
 @pytest.fixture(autouse=True)
-def no_complaints(pages: Pages, page: Page, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
+def at_home(page: Page, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("MOEPIC_HOME", str(home))  # conftest gives each test another one
-    yield
-    pages.check()
 
 
 def ready(page: Page) -> None:
@@ -181,6 +171,8 @@ def test_settings_change_while_the_model_answers(page: Page, state: State) -> No
     more(page)
     choose(page, "#eviction", "Least recently used")
     expect(decided(page, "Cache")).to_contain_text("evicted by lru")
+    choose(page, "#prefetch", "1 guess")
+    expect(decided(page, "Prefetch")).to_contain_text("up to 1 expert")
     choose(page, "#prefetch", "Off")
     expect(decided(page, "Prefetch")).to_have_text("off")
     split = page.locator("#split input[type=range]")

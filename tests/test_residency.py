@@ -5,6 +5,7 @@ behind.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,30 @@ def test_outcomes_of_hand_made_steps() -> None:
     events = rig.telemetry.trace().events
     assert [row["expert"] for row in events if row["kind"] == EventKind.USED] == [1]
     assert [row["expert"] for row in events if row["kind"] == EventKind.WASTED] == [2]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_layer_that_lacks_nothing_is_computed_from_its_slots(stop_after: int) -> None:
+    """Every need a hit, one computation each; whatever ends the step early, the slots are ready for the next."""
+    rig = Rig(split=1.0)
+    x, routes, weights = inputs(1, 7)
+    for _ in range(2):
+        rig.residency.begin_pass(1)
+        out = rig.run(0, x, routes, weights)
+    torch.testing.assert_close(out, rig.reference(0, x, routes, weights), rtol=1e-5, atol=1e-4)
+    trace = rig.telemetry.trace()
+    assert trace.routing["outcomes"].tolist() == [[Outcome.MISS] * 2, [Outcome.HIT] * 2]
+    computed = trace.events[trace.events["kind"] == EventKind.COMPUTE][-2:]
+    assert sorted(computed["expert"].tolist()) == sorted(routes[0].tolist())
+    assert (computed["part"] == Part.WHOLE).all()
+    assert computed["end_s"][0] == computed["start_s"][1]
+    with suppress(KeyError), Step(rig.residency, 0, dict.fromkeys(routes[0].tolist(), 1)) as step:
+        for number, _ in enumerate(step, start=1):
+            if number == stop_after:
+                raise KeyError
+    rig.residency.check()
+    assert torch.equal(rig.run(0, x, routes, weights), out)
+    rig.residency.close()
 
 
 def test_a_partial_hit_moves_only_the_bottom() -> None:

@@ -106,7 +106,8 @@ def test_two_applications_share_the_file(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.fixed_dictionaries({}, optional={
     "strategy": st.sampled_from(["moepic", "adapmoe"]), "split": st.none() | st.floats(0, 1),
-    "vram": st.sampled_from(["auto", "50%"]) | st.integers(1, 2**40), "prefetch": st.sampled_from(["auto", "off"]),
+    "vram": st.sampled_from(["auto", "50%"]) | st.integers(1, 2**40),
+    "prefetch": st.sampled_from(["auto", "off"]) | st.integers(0, 8),
 }))))  # fmt: skip
 def test_what_is_kept_is_what_was_chosen_last(steps: list[tuple[str, dict[str, Any]]]) -> None:
     store = SettingsStore(None, CPU)

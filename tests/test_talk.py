@@ -15,10 +15,12 @@ from app import talk as talk_module
 from app import transcripts
 from app.conversation_routes import add_routes
 from app.nouns import Answer, Look
+from app.settings_store import SettingsStore
 from app.store import Store
 from app.talk import Talk
 from moepic_core.errors import BadSettings
 from moepic_core.metrics import Reply
+from moepic_core.spec import Settings
 
 SETTINGS = {"system": "Be brief.", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8}
 FIGURES = Reply(1, 7, 0, 7, 3, ttft_s=0.5, decode_s=0.2)
@@ -30,6 +32,8 @@ class FakeState:
 
     def __init__(self, *texts: str, error: Exception | None = None) -> None:
         self.texts, self.error = texts, error
+        self.settings = Settings("absent", device="cpu")
+        self.kept = SettingsStore(given={"device": "cpu"})
         self.asked: list[Any] = []
         self.told: list[str] = []
 

@@ -1,4 +1,7 @@
-"""How the model answers: system prompt and sampling. The chat reads these with every message and keeps them with it."""
+"""How the model answers: system prompt and sampling. The chat reads these with every message and keeps them with it.
+
+Where a new conversation starts from, and what a reset goes back to, `sampling` knows for each checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,16 @@ from typing import Any
 
 import gradio as gr
 
-DEFAULTS: dict[str, Any] = {
-    "system": "",
-    "temperature": 0.7,
-    "top_p": 0.9,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "max_new_tokens": 512,
-    "seed": None,
-}
+from .. import sampling
+from ..state import State
+
+DEFAULTS: dict[str, Any] = {"system": "", **sampling.DEFAULTS, "seed": None}
 PRESETS: dict[str, dict[str, Any]] = {
     "Precise": {"temperature": 0.2, "top_p": 0.9, "top_k": 40, "min_p": 0.0, "repetition_penalty": 1.0},
     "Balanced": {key: DEFAULTS[key] for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
     "Creative": {"temperature": 1.1, "top_p": 0.95, "top_k": 0, "min_p": 0.05, "repetition_penalty": 1.05},
 }
-LIMITS = {  # least, greatest
-    "temperature": (0, 2),
-    "top_p": (0.05, 1),
-    "top_k": (0, 200),
-    "min_p": (0, 0.5),
-    "repetition_penalty": (1, 1.5),
-    "max_new_tokens": (16, 4096),
-    "seed": (0, 2**31 - 1),
-}
+LIMITS = {**sampling.LIMITS, "seed": (0, 2**31 - 1)}  # least, greatest
 WHOLE = ("top_k", "max_new_tokens", "seed")
 
 
@@ -74,7 +63,7 @@ def build() -> Answers:
                 "seed": gr.Number(label="Seed", info="Empty: another answer every time", precision=0, minimum=0,
                                   maximum=LIMITS["seed"][1], elem_id="seed"),
             }  # fmt: skip
-            reset = gr.Button("Reset", size="sm", elem_id="reset")
+            reset = gr.Button("Reset to the checkpoint's own", size="sm", elem_id="reset")
     return Answers(preset, reset, fields)
 
 
@@ -82,15 +71,18 @@ def _slider(name: str, label: str, step: float, info: str | None) -> gr.Slider:
     return gr.Slider(*LIMITS[name], DEFAULTS[name], step=step, label=label, info=info, buttons=[])
 
 
-def wire(answers: Answers) -> None:
+def wire(answers: Answers, state: State) -> None:
+    def reset(system: str) -> list[Any]:
+        return shown({"system": system, **sampling.reset(state)})
+
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    sampling = {name: answers.fields[name] for name in PRESETS["Balanced"]}
-    answers.preset.input(lambda name: list(PRESETS[name].values()), answers.preset, list(sampling.values()), **quiet)
-    answers.reset.click(lambda system: shown({"system": system}), answers.fields["system"], answers.outputs, **quiet)
+    preset = {name: answers.fields[name] for name in PRESETS["Balanced"]}
+    answers.preset.input(lambda name: list(PRESETS[name].values()), answers.preset, list(preset.values()), **quiet)
+    answers.reset.click(reset, answers.fields["system"], answers.outputs, **quiet)
     gr.on(
-        [slider.input for slider in sampling.values() if isinstance(slider, gr.Slider)],
-        lambda *values: preset_of(dict(zip(sampling, values, strict=True))),
-        list(sampling.values()),
+        [slider.input for slider in preset.values() if isinstance(slider, gr.Slider)],
+        lambda *values: preset_of(dict(zip(preset, values, strict=True))),
+        list(preset.values()),
         answers.preset,
         trigger_mode="always_last",
         **quiet,

@@ -16,9 +16,10 @@ import gradio as gr
 
 from moepic_core.extras import suggested_prompts
 
-from ..talk import Talk, View
+from .. import sampling
+from ..talk import Talk, View, opened_id
 from . import answers as answers_panel
-from .answers import Answers
+from .answers import DEFAULTS, Answers
 
 PLACEHOLDER = "### Ask anything\nThe model runs on this machine. Nothing leaves it."
 EXAMPLES = (
@@ -94,15 +95,23 @@ def wire(chat: Chat, open_: gr.HTML, answers: Answers, page: gr.Blocks, refresh:
         id = talk.choose(wanted.get("id"), wanted.get("number"), wanted.get("branch") is True)
         question = wanted.get("question")
         view = talk.view(id, question if isinstance(question, int) else 0)
-        found = None if wanted.get("same") is True else talk.store.get(id)
-        if found is None:  # a new chat leaves the settings as they are, and so does the one that was open before
+        if wanted.get("same") is True:
             return [*view, *[gr.skip()] * len(answers.outputs)]
-        return [*view, *answers_panel.shown(found.settings)]
+        found = talk.store.get(id)
+        return [*view, *(begun() if found is None else answers_panel.shown(found.settings))]
 
-    def suggest() -> gr.Chatbot:
+    def begun() -> list[Any]:
+        """A new chat leaves system prompt and seed as they are."""
+        values = dict(zip(DEFAULTS, answers_panel.shown(sampling.chosen(talk.state))[1:], strict=True))
+        preset = answers_panel.preset_of(values)
+        return [preset, *(value if name in sampling.DEFAULTS else gr.skip() for name, value in values.items())]
+
+    def suggest(open_: str) -> list[Any]:
+        """Another model is there: its prompts, and its sampling where no conversation is open."""
         loaded = talk.state.look().loaded
         suggested = suggested_prompts(Path(loaded.spec.path)) if loaded else ()
-        return gr.Chatbot(examples=[{"text": text} for text in suggested or EXAMPLES])
+        examples = gr.Chatbot(examples=[{"text": text} for text in suggested or EXAMPLES])
+        return [examples, *([gr.skip()] * len(answers.outputs) if opened_id(open_) else begun())]
 
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     slow: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
@@ -122,7 +131,7 @@ def wire(chat: Chat, open_: gr.HTML, answers: Answers, page: gr.Blocks, refresh:
     chat.message.stop(threading.Event.set, stop, None, **quiet)
     chat.history.undo(talk.undo, open_, [chat.message, *window], **quiet)
     open_.select(choose, None, [*window, *answers.outputs], **quiet)
-    gr.on([page.load, refresh.click], suggest, None, chat.history, **quiet)
+    gr.on([page.load, refresh.click], suggest, open_, [chat.history, *answers.outputs], **quiet)
 
 
 def _busy() -> tuple[gr.Textbox, threading.Event]:

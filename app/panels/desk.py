@@ -213,7 +213,7 @@ def changes(
     by_hand: bool,
     split: float,
     eviction: str,
-    prefetch: str,
+    prefetch: str | int,
 ) -> dict[str, Any]:
     """Settings from the values of `Desk.fields`."""
     return {

@@ -24,7 +24,7 @@ EVICTIONS = {
     "lfu": "Least often used",
     "request-frequency": "Rarest in the request",
 }
-PREFETCH = {"auto": "Automatic", "on": "On", "off": "Off"}
+PREFETCH = {"auto": "Automatic", "off": "Off"}  # or a number of guesses
 TIPS = {  # what a setting means, by its place on the page
     "checkpoint": "A line of the list, a folder with config.json and *.safetensors, a folder that holds such folders, "
     "or an id on the Hugging Face hub.",
@@ -36,9 +36,10 @@ TIPS = {  # what a setting means, by its place on the page
     "by-hand": "Off: the plan finds a split ratio for each layer.",
     "split": "The part of an expert that a cache slot keeps: 0 is prefetch only, 1 caches whole experts. Holds from "
     "the next token on.",
-    "eviction": "Who leaves the cache for a newcomer. Automatic: as the strategy says; moepic takes what would have hit most. Holds from the next token on.",
-    "prefetch": "Whether experts of the next layer are fetched on a guess. Automatic: where it pays. Its depth is "
-    "planned. Holds from the next token on.",
+    "eviction": "Who leaves the cache for a newcomer. Automatic: as the strategy says; moepic takes what would have "
+    "hit most. Holds from the next token on.",
+    "prefetch": "How many experts of the next layer are guessed and fetched before they are needed. Automatic: as many "
+    "as the plan finds to pay. Holds from the next token on.",
     "reserved": "Memory that other programs shall have, whatever the model: budgets end before it. A tenth of what is "
     "free always stays free.",
     "context": "Tokens that KV memory is reserved for, prompt and answer together. Needs a reload.",
@@ -69,8 +70,8 @@ def build() -> Steer:
                 by_hand = gr.Checkbox(False, label="By hand", container=False, elem_id="by-hand")
             eviction = gr.Dropdown([(label, name) for name, label in EVICTIONS.items()], label="Eviction",
                                    scale=4, min_width=130, elem_id="eviction")  # fmt: skip
-            prefetch = gr.Dropdown([(label, name) for name, label in PREFETCH.items()], label="Prefetch",
-                                   scale=3, min_width=110, elem_id="prefetch")  # fmt: skip
+            prefetch = gr.Dropdown(prefetch_choices("auto", 0), label="Prefetch", scale=3,
+                                   min_width=110, elem_id="prefetch")  # fmt: skip
             reserved = gr.Slider(0, 1, 0, label="Reserved (GB)", buttons=[], scale=4, min_width=150,
                                  elem_id="reserved")  # fmt: skip
             context = gr.Number(label="Context (tokens)", precision=0, minimum=1, placeholder="up to 4096",
@@ -87,16 +88,25 @@ def shown(settings: Settings, preview: Preview | None) -> list[Any]:
     if split is None and preview is not None and preview.in_force is not None:
         ratios = [share.split_ratio for share in preview.in_force.layers]
         split = sum(ratios) / len(ratios)
+    top_k = preview.spec.top_k if preview is not None and preview.spec is not None else 0
     has_memory = preview is not None and preview.needs is not None
     return [
         settings.split is not None,
         gr.Slider(value=round(0.5 if split is None else split, 2), interactive=settings.split is not None),
         settings.eviction,
-        settings.prefetch,
+        gr.Dropdown(choices=prefetch_choices(settings.prefetch, top_k), value=settings.prefetch or "off"),
         reserved_slider(preview) if preview is not None and has_memory else gr.Slider(),
         settings.context_length,
         json.dumps(why(preview)),
     ]
+
+
+def prefetch_choices(present: str | int, top_k: int) -> list[tuple[str, str | int]]:
+    """Labels and settings: up to as many guesses as a token uses experts in a layer, and what is in force."""
+    choices: list[tuple[str, str | int]] = [(label, name) for name, label in PREFETCH.items()]
+    numbers = [*range(1, top_k + 1), *([present] if isinstance(present, int) and present > top_k else [])]
+    choices += [(f"{number} guess{'es' if number > 1 else ''}", number) for number in numbers]
+    return [*choices, ("On", "on")] if present == "on" else choices
 
 
 def reserved_slider(preview: Preview) -> gr.Slider:

@@ -68,7 +68,8 @@ def make(work: Path) -> None:
     )
     model.save_pretrained(CHECKPOINT)
     tokenizer.save_pretrained(CHECKPOINT)
-    (CHECKPOINT / "moepic.json").write_text(json.dumps({"suggested_prompts": SUGGESTED, "routing": f"../traces/{TRACE.name}"}, indent=2) + "\n")
+    extras = {"suggested_prompts": SUGGESTED, "routing": f"../traces/{TRACE.name}"}
+    (CHECKPOINT / "moepic.json").write_text(json.dumps(extras, indent=2) + "\n")
 
 
 def evaluate() -> dict[str, Any]:

@@ -127,6 +127,7 @@ def reply_figures(
 
 
 def context(engine: Engine) -> dict[str, Any]:
+    """Under what the figures came about, as JSON-ready values."""
     return {
         "budget_bytes": engine.plan.memory.budget,
         "peak_device_bytes": engine.peak_device_bytes,
@@ -138,6 +139,8 @@ def context(engine: Engine) -> dict[str, Any]:
 
 
 def summary(reply: dict[str, Any], engine: Engine) -> str:
+    """The figures of `reply_figures` on one line."""
+
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.0f} %"
 

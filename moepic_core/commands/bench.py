@@ -1,4 +1,4 @@
-"""`moepic bench`: decoding speed over several replies, of one strategy or of several side by side on the loaded model."""
+"""`moepic bench`: decoding speed over several replies, of one strategy or of several side by side."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ HELP = "measure decoding speed over several replies"
 def add_options(command: argparse.ArgumentParser) -> None:
     add_checkpoint(command)
     add_reply_options(command, replies=3)
-    command.add_argument("--compare", metavar="NAMES", help="strategies side by side on the loaded model: all, or a list "
-                         "such as moepic,pregated")  # fmt: skip
+    command.add_argument(
+        "--compare",
+        metavar="NAMES",
+        help="strategies side by side on the loaded model: all, or a list such as moepic,pregated",
+    )
 
 
 def run(options: argparse.Namespace) -> None:

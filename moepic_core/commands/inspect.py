@@ -8,7 +8,7 @@ import json
 
 from ..spec import MachineProfile, ModelSpec
 from ..units import format_bytes
-from .options import add_checkpoint
+from .options import add_checkpoint, settings_of
 
 HELP = "what a checkpoint holds, and whether it runs here"
 
@@ -18,13 +18,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from .calibrate import probe
-    from .checkpoint import read_spec
-    from .finder import resolve
-    from .needs import needs_of
-    from .verdict import judge
+    from ..calibrate import probe
+    from ..checkpoint import read_spec
+    from ..finder import resolve
+    from ..needs import needs_of
+    from ..verdict import judge
 
-    settings = _settings(options)
+    settings = settings_of(options)
     spec = read_spec(resolve(settings.checkpoint, settings.revision), settings.dtype)
     machine = probe(settings.device)
     needs = needs_of(settings, spec, machine)

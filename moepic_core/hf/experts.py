@@ -57,7 +57,7 @@ class ExpertLayer:
                 elif expert in inputs:
                     x = inputs.pop(expert)
                 else:
-                    x = inputs[expert] = hidden_states[pair // top_k_index.shape[1]]
+                    x = inputs[expert] = self.math.gather(hidden_states, pair // top_k_index.shape[1])
                 total.add(self.math.segment(x, piece.weights, expert, piece.start_row), pair)
         return total.total(top_k_weights, self.math.down_bias)
 
