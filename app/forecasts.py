@@ -1,7 +1,8 @@
 """What a token would cost along the whole budget slider: made by a thread of its own, remembered while it holds.
 
 Previews ask whenever the page shows a model, and never wait: planning a large model takes seconds. `changed` is called
-when an answer is there, and the page asks again. Knows no engine; `knowledge` is what planning stands on.
+when an answer is there, and the page asks again. While a reply is made, what is known stays: planning and decoding are
+both many small steps of Python, and side by side each would take the interpreter from the other. Knows no engine.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ MOST_KNOWN = 16  # forecasts that are remembered
 class Forecasts:
     """See the module. Close it to end the thread."""
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], busy: Callable[[], bool] = lambda: False) -> None:
+        """`busy`: whether a reply is being made."""
         self._changed = changed
+        self._busy = busy
         self._lock = threading.Lock()
         self._known: dict[Hashable, tuple[Hashable, Forecast]] = {}
         self._asked: dict[Hashable, Hashable] = {}  # what the thread works on, or will
@@ -45,13 +48,14 @@ class Forecasts:
         trace: Callable[[], RoutingTrace | None],
         largest: int,
     ) -> Forecast | None:
-        """The forecast for `key`; None until it is made for the first time. Another `age` makes it anew meanwhile.
+        """The forecast for `key`; None until it is made for the first time. Another `age` makes it anew meanwhile, at
+        the first call after a reply that is being made.
 
         Budgets go from the smallest to `largest` bytes, or to everything. `trace` is called by the thread.
         """
         with self._lock:
             known_age, known = self._known.get(key, (None, None))
-            is_due = known_age != age and self._asked.get(key) != age
+            is_due = known_age != age and self._asked.get(key) != age and (known is None or not self._busy())
             if is_due:
                 self._asked[key] = age
         if is_due:

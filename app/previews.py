@@ -47,9 +47,9 @@ class Held:
 
 
 class Previews:
-    def __init__(self, changed: Callable[[], None]) -> None:
-        """`changed` is called when a preview would say more than before."""
-        self._forecasts = Forecasts(changed)
+    def __init__(self, changed: Callable[[], None], busy: Callable[[], bool] = lambda: False) -> None:
+        """`changed` is called when a preview would say more than before; `busy`: whether a reply is being made."""
+        self._forecasts = Forecasts(changed, busy)
 
     def close(self) -> None:
         self._forecasts.close()
@@ -90,9 +90,9 @@ class Previews:
             judge(loaded.spec, loaded.needs, less(machine, reserved_bytes), loaded.settings.link),
             held.plan.memory.budget, loaded=True, notes=loaded.notes, reserved_bytes=reserved_bytes, in_force=held.plan,
         )  # fmt: skip
-        forecast = self._forecast(
-            preview, held.steering.costs, held.steering.trace, held.num_tokens, held.steering.drifts
-        )
+        steering = held.steering
+        known = held.num_tokens + (0 if steering.earlier is None else steering.earlier.num_tokens)
+        forecast = self._forecast(preview, steering.costs, steering.trace, known, steering.drifts)
         return dataclasses.replace(preview, forecast=forecast)
 
     def _forecast(
@@ -103,7 +103,7 @@ class Previews:
         num_tokens: int,
         drifts: Sequence[Drift],
     ) -> Forecast | None:
-        """Made anew when twice as many tokens were decoded; its error is that of the last replies."""
+        """Made anew when twice as many tokens are known; its error is that of the last replies."""
         if costs is None:
             return None
         spec, needs = preview.spec, preview.needs

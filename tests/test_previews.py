@@ -190,7 +190,8 @@ COSTS = Costs((LayerCosts(1e-4, 1e-5, 1e-5, 1e-5, 1e-7, 1e-10),) * 2, 1e-4, 10**
 
 def test_forecasts_are_made_once_for_each_age_and_the_old_one_holds_meanwhile() -> None:
     made, may_go_on, calls = threading.Semaphore(0), threading.Semaphore(0), []
-    forecasts = Forecasts(made.release)
+    busy = False
+    forecasts = Forecasts(made.release, lambda: busy)
 
     def trace() -> None:
         may_go_on.acquire()
@@ -204,6 +205,9 @@ def test_forecasts_are_made_once_for_each_age_and_the_old_one_holds_meanwhile() 
     assert made.acquire(timeout=10)
     first = get(1)
     assert first is not None and len(calls) == 1
+    busy = True  # a reply is made: what is known stays as it is
+    assert get(2, largest=NEEDS.smallest + 10_000) is first and not forecasts._asked
+    busy = False
     assert get(2, largest=NEEDS.smallest + 10_000) is first
     may_go_on.release()
     assert made.acquire(timeout=10)
