@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import queue
 import shutil
 import socket
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from app import checkpoints
@@ -186,6 +188,7 @@ def serve_made_up(pipe: Connection) -> None:
 
 def serve_checkpoint(pipe: Connection, checkpoint: str) -> None:
     """A real engine: answers with as many tokens as the pipe says, and tells its speed."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # as launch.py does
     state = State(Settings.create(checkpoint=checkpoint, device="cpu", link="pcie3x16", vram="50% of experts"))
     ready: queue.Queue[str] = queue.Queue()
     threading.Thread(target=server(state, ready.put).run, daemon=True).start()
