@@ -137,6 +137,7 @@ def measure(
     disturbed = 0
     with Engine.load(settings) as engine:
         if earlier is None:
+            engine.reconfigure(strategy="pregated")  # where all is resident nothing would be guessed
             for number, question in enumerate(questions[-NUM_EARLIER:]):
                 ask(engine, question, options, number)
             earlier = engine.steering.trace()
