@@ -2,13 +2,17 @@
 
 `hf_adapter` hands the mapping to Transformers as a state dict, which calls `tensor[...]` once per tensor, one weight at
 a time. Bytes are read straight into fresh memory, not mapped from the file: resident memory grows by the tensor and
-nothing else, and no second copy is made. Neither names nor shapes are interpreted here.
+nothing else, and no second copy is made. The disk is kept busy meanwhile with what comes next in the file. Neither
+names nor shapes are interpreted here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import EllipsisType
 
 import torch
@@ -17,6 +21,7 @@ from .errors import BadCheckpoint, Cancelled
 from .safetensors_header import TensorInfo
 
 CHUNK_BYTES = 8 << 20  # large enough to read at full speed, small enough that a stop takes effect within milliseconds
+AHEAD_BYTES = 64 << 20  # enough to keep a disk busy while a layer is packed (docs/LOG.md)
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -25,12 +30,33 @@ _DTYPES = {
 }  # fmt: skip
 
 
+class ReadAhead:
+    """Asks the system to bring what follows in a file into its page cache, while what was read is being packed.
+
+    Only advice: wrong when tensors are not asked for in the order of the file, and then no harm but a little reading.
+    """
+
+    def __init__(self) -> None:
+        self._windows: dict[Path, range] = {}  # file to the bytes that were asked for last
+
+    def before(self, path: Path, fd: int, position: int) -> None:
+        """To be called before reading at `position`; asks at most once per half of AHEAD_BYTES."""
+        window = self._windows.get(path, range(0))
+        if position in window and window.stop - position > AHEAD_BYTES // 2:
+            return
+        start, stop = (window.stop if position in window else position), position + AHEAD_BYTES
+        self._windows[path] = range(position, stop)
+        with contextlib.suppress(OSError):  # some file systems take no advice
+            os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+
 @dataclass(frozen=True)
 class CheckpointTensor:
     """One tensor that is still in its file. `tensor[...]` reads it."""
 
     info: TensorInfo
     on_read: Callable[[int], None]  # told the bytes of each chunk, may raise
+    ahead: ReadAhead
 
     @property
     def shape(self) -> torch.Size:
@@ -53,6 +79,7 @@ class CheckpointTensor:
             with self.info.file.open("rb", buffering=0) as file:
                 file.seek(self.info.start)
                 while len(target):
+                    self.ahead.before(self.info.file, file.fileno(), self.info.stop - len(target))
                     count = file.readinto(target[:CHUNK_BYTES])
                     if not count:
                         raise BadCheckpoint(
@@ -80,6 +107,7 @@ class LazyTensors(Mapping[str, CheckpointTensor]):
         self._tensors = tensors
         self._progress = progress
         self._cancelled = cancelled
+        self._ahead = ReadAhead()
 
     @property
     def num_bytes(self) -> int:
@@ -87,7 +115,7 @@ class LazyTensors(Mapping[str, CheckpointTensor]):
         return sum(info.num_bytes for info in self._tensors.values())
 
     def __getitem__(self, name: str) -> CheckpointTensor:
-        return CheckpointTensor(self._tensors[name], self._on_read)
+        return CheckpointTensor(self._tensors[name], self._on_read, self._ahead)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

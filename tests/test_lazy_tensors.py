@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moepic_core import lazy_tensors
 from moepic_core.errors import BadCheckpoint, Cancelled
-from moepic_core.lazy_tensors import LazyTensors
+from moepic_core.lazy_tensors import LazyTensors, ReadAhead
 from moepic_core.safetensors_header import read_header
 from moepic_core.shards import read_tensors
 
@@ -96,3 +97,23 @@ def test_a_stop_reaches_the_caller_through_transformers(checkpoints: Callable[..
     tensors = LazyTensors(read_tensors(folder), cancelled=lambda: True)
     with pytest.raises(Cancelled):
         MixtralForCausalLM.from_pretrained(None, config=AutoConfig.from_pretrained(folder), state_dict=tensors)
+
+
+def test_what_follows_in_the_file_is_asked_for_ahead(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(lazy_tensors, "AHEAD_BYTES", 64)
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, count, advice: asked.append((start, start + count)))
+    ahead = ReadAhead()
+    with file.open("rb") as open_file:
+        for position in (0, 16, 32, 48, 64, 16, 200, 210):
+            ahead.before(file, open_file.fileno(), position)
+    assert asked == [(0, 64), (64, 96), (96, 128), (16, 80), (200, 264)]  # every byte of a run once, anew after a jump
+
+
+def test_a_file_system_that_takes_no_advice_is_read_all_the_same(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    tensors = LazyTensors(read_header(file))
+    assert all(torch.equal(tensors[name][...], tensor) for name, tensor in load_file(file).items())
