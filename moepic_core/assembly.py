@@ -12,20 +12,20 @@ from pathlib import Path
 
 import torch
 
-from .arena import Arena
+from .arena import Arena, is_out_of_memory
 from .budgets import Needs, budget_bytes
 from .calibrate import probe
 from .checkpoint import read_spec
-from .errors import BadCheckpoint
+from .errors import BadCheckpoint, OutOfRoom
 from .extras import brought_routing
 from .finder import resolve
 from .hf.experts import ExpertLayer, install, router_of
 from .hf.loading import load_model
 from .hf.model import HfModel
-from .hf.probe import probe_model, without_experts
+from .hf.probe import probe_model, silence_experts
 from .hf.text import Text
 from .host_store import DiskStore, HostStore, RamStore, default_packed_folder
-from .lazy_tensors import LazyTensors
+from .lazy_tensors import AHEAD_BYTES, LazyTensors
 from .links import Link, parse_link
 from .memory import Memory
 from .needs import check_memory, context_length, free_for_budget, workspace_bytes
@@ -80,10 +80,19 @@ def assemble(
     else:
         store = RamStore(spec, dtype, pinned=link.kind == "bus")
     try:
-        model, modules = load_model(spec, LazyTensors(read_tensors(path), count, cancelled), store, device)
+        # Where the packed file is there already, most of the checkpoint will not be read.
+        tensors = LazyTensors(read_tensors(path), count, cancelled, 0 if store.complete else AHEAD_BYTES)
+        model, modules = load_model(spec, tensors, store, device)
+        if link.kind == "disk":
+            tensors.forget()
         return _connect(settings, spec, machine, link, store, model, modules, memory)
-    except BaseException:
+    except BaseException as error:
         store.close()
+        if is_out_of_memory(error):
+            raise OutOfRoom(
+                f"memory ran out while {spec.name} was loading; close other programs that use it, shorten the context, "
+                f"or use device cpu with link 'disk'"
+            ) from error
         raise
 
 
@@ -106,8 +115,8 @@ def _connect(
         for (path, module), geometry in zip(modules.items(), spec.moe_layers, strict=True)
     ]
     context = context_length(settings, spec)
-    with without_experts(model, modules.values()):
-        found = probe_model(hf, context)
+    silence_experts(model, modules.values())
+    found = probe_model(hf, context)
     hf.continues = found.continues
     if not found.continues:
         settings = settings.replace(prefill_chunk=context)
@@ -117,17 +126,15 @@ def _connect(
     for kind, nbytes in (("resident", needs.resident), ("kv", needs.kv), ("workspace", needs.workspace)):
         arena.reserve(kind, nbytes)
     telemetry = Telemetry(len(layers), max(layer.num_experts for layer in spec.moe_layers), spec.top_k)
-    turn = Turn()
-    transfer = _transfer(link, device)
-    dtype = getattr(torch, spec.dtype)
-    residency = Residency(spec.moe_layers, dtype, store, transfer, arena, telemetry, turn.stop.is_set)
-    install(model, layers, list(modules.values()), residency)
     notices = _notices(spec, store, layers, found.continues)
     try:
         brought = brought_routing(spec)
     except BadCheckpoint as error:  # planning does without it
         brought, notices = None, (*notices, f"routing that came with the checkpoint is not used: {error}")
     steering = Steering(spec, machine, link.label, needs, telemetry, memory, brought)
+    turn, dtype, transfer = Turn(), getattr(torch, spec.dtype), _transfer(link, device)  # threads last of all
+    residency = Residency(spec.moe_layers, dtype, store, transfer, arena, telemetry, turn.stop.is_set)
+    install(model, layers, list(modules.values()), residency)
     return Parts(settings, spec, machine, link, hf, text, residency, needs, steering, notices, turn, context)
 
 

@@ -1,6 +1,6 @@
 """A checkpoint's tensors by name, each read from its file at the moment it is asked for.
 
-`hf_adapter` hands the mapping to Transformers as a state dict, which calls `tensor[...]` once per tensor, one weight at
+`hf.loading` hands the mapping to Transformers as a state dict, which calls `tensor[...]` once per tensor, one weight at
 a time. Bytes are read straight into fresh memory, not mapped from the file: resident memory grows by the tensor and
 nothing else, and no second copy is made. The disk is kept busy meanwhile with what comes next in the file. Neither
 names nor shapes are interpreted here.
@@ -37,15 +37,18 @@ class ReadAhead:
     Only advice: wrong when tensors are not asked for in the order of the file, and then no harm but a little reading.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ahead_bytes: int) -> None:
+        self.ahead_bytes = ahead_bytes
         self._windows: dict[Path, range] = {}  # file to the bytes that were asked for last
 
     def before(self, path: Path, fd: int, position: int) -> None:
-        """To be called before reading at `position`; asks at most once per half of AHEAD_BYTES."""
-        window = self._windows.get(path, range(0))
-        if position in window and window.stop - position > AHEAD_BYTES // 2:
+        """To be called before reading at `position`; asks at most once per half of `ahead_bytes`."""
+        if not self.ahead_bytes:
             return
-        start, stop = (window.stop if position in window else position), position + AHEAD_BYTES
+        window = self._windows.get(path, range(0))
+        if position in window and window.stop - position > self.ahead_bytes // 2:
+            return
+        start, stop = (window.stop if position in window else position), position + self.ahead_bytes
         self._windows[path] = range(position, stop)
         with contextlib.suppress(OSError):  # some file systems take no advice
             os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_WILLNEED)
@@ -108,8 +111,8 @@ class CheckpointTensor:
 class LazyTensors(Mapping[str, CheckpointTensor]):
     """Tensor name to CheckpointTensor, in the order of `tensors`.
 
-    `progress` is called with the bytes of every chunk that was read, from whichever thread reads. Before each chunk is
-    reported `cancelled` is asked; when it says yes, reading stops with Cancelled.
+    `progress` is called with the bytes of every chunk that was read. Before each chunk is reported `cancelled` is asked;
+    when it says yes, reading stops with Cancelled. `ahead_bytes` is 0 when most of a file will not be asked for.
     """
 
     def __init__(
@@ -117,16 +120,23 @@ class LazyTensors(Mapping[str, CheckpointTensor]):
         tensors: Mapping[str, TensorInfo],
         progress: Callable[[int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        ahead_bytes: int = AHEAD_BYTES,
     ) -> None:
         self._tensors = tensors
         self._progress = progress
         self._cancelled = cancelled
-        self._ahead = ReadAhead()
+        self._ahead = ReadAhead(ahead_bytes)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors: what `progress` adds up to when every tensor is read once."""
         return sum(info.num_bytes for info in self._tensors.values())
+
+    def forget(self) -> None:
+        """Has the system drop the files from its page cache, for a process that needs the memory itself."""
+        for path in {info.file for info in self._tensors.values()}:
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def __getitem__(self, name: str) -> CheckpointTensor:
         return CheckpointTensor(self._tensors[name], self._on_read, self._ahead)

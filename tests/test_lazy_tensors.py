@@ -101,12 +101,12 @@ def test_a_stop_reaches_the_caller_through_transformers(checkpoints: Callable[..
 
 def test_what_follows_in_the_file_is_asked_for_ahead(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(lazy_tensors, "AHEAD_BYTES", 64)
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, count, advice: asked.append((start, start + count)))
-    ahead = ReadAhead()
+    ahead = ReadAhead(64)
     with file.open("rb") as open_file:
         for position in (0, 16, 32, 48, 64, 16, 200, 210):
             ahead.before(file, open_file.fileno(), position)
+        ReadAhead(0).before(file, open_file.fileno(), 0)
     assert asked == [(0, 64), (64, 96), (96, 128), (16, 80), (200, 264)]  # every byte of a run once, anew after a jump
 
 
@@ -117,3 +117,13 @@ def test_a_file_system_that_takes_no_advice_is_read_all_the_same(file: Path, mon
     monkeypatch.setattr(os, "posix_fadvise", refuse)
     tensors = LazyTensors(read_header(file))
     assert all(torch.equal(tensors[name][...], tensor) for name, tensor in load_file(file).items())
+
+
+def test_read_files_can_be_dropped_from_the_page_cache(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: dropped.append(rest))
+    tensors = LazyTensors(read_header(file))
+    tensors.forget()
+    assert dropped == [(0, 0, os.POSIX_FADV_DONTNEED)]  # one file, however many tensors
+    file.unlink()
+    tensors.forget()  # a file that is gone is forgotten already
