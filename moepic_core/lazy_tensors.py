@@ -111,8 +111,8 @@ class CheckpointTensor:
 class LazyTensors(Mapping[str, CheckpointTensor]):
     """Tensor name to CheckpointTensor, in the order of `tensors`.
 
-    `progress` is called with the bytes of every chunk that was read. Before each chunk is reported `cancelled` is asked;
-    when it says yes, reading stops with Cancelled. `ahead_bytes` is 0 when most of a file will not be asked for.
+    `progress` is called with the bytes of every chunk that was read. Before each chunk is reported `cancelled` is
+    asked; when it says yes, reading stops with Cancelled. `ahead_bytes` is 0 when most of a file will not be read.
     """
 
     def __init__(
