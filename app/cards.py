@@ -159,7 +159,7 @@ def forecast_card(preview: Preview, budget: int) -> dict[str, Any] | None:
         "speed": f"{1 / seconds:.1f}",
         "range": f"{(1 - forecast.error) / seconds:.0f} to {(1 + forecast.error) / seconds:.0f}",
         "time": f"{milliseconds(seconds)} per token",
-        "definition": "From costs measured on this machine and the experts that recent tokens used; the range is how "
+        "definition": f"From costs measured on this machine and the routing of {forecast.origin}; the range is how "
         "far four of five of the last replies were from their prediction, or ±10 % before there are any.",
         "least": milliseconds(least),
         "most": milliseconds(most),
@@ -175,8 +175,8 @@ def forecast_card(preview: Preview, budget: int) -> dict[str, Any] | None:
     }
 
 
-def plan_rows(plan: Plan, spec: ModelSpec) -> list[tuple[str, str]]:
-    """What was decided and why, in words."""
+def plan_rows(plan: Plan, spec: ModelSpec, routing: str = "") -> list[tuple[str, str]]:
+    """What was decided and why, in words; `routing` says from whose."""
     slots, splits = [share.slots for share in plan.layers], [share.split_ratio for share in plan.layers]
     rows = [
         ("Cache", f"{span(slots, '{}')} of {num_experts(spec)} experts a layer, evicted by {plan.eviction}; "
@@ -191,4 +191,4 @@ def plan_rows(plan: Plan, spec: ModelSpec) -> list[tuple[str, str]]:
                         f"{milliseconds(cost.before_s)}, experts {milliseconds(cost.experts_s)}, stall "
                         f"{milliseconds(cost.stall_s)}, head {milliseconds(cost.after_s)}; "
                         f"{format_bytes(cost.link_bytes)} over the link"))  # fmt: skip
-    return rows
+    return [*rows, ("Routing", routing)] if routing else rows

@@ -22,6 +22,11 @@ FRESH = {"Cache-Control": "no-store"}
 
 
 def add_routes(app: FastAPI, store: Store) -> None:
+    _add_reading(app, store)
+    _add_changing(app, store)
+
+
+def _add_reading(app: FastAPI, store: Store) -> None:
     @app.get("/ui/conversations")
     def conversations(search: str = "", opened: str = "") -> JSONResponse:
         found = store.get(opened)
@@ -49,6 +54,8 @@ def add_routes(app: FastAPI, store: Store) -> None:
             return _download(transcripts.to_json([conversation]), name, "application/json")
         return _download(transcripts.to_markdown(conversation), name, "text/markdown")
 
+
+def _add_changing(app: FastAPI, store: Store) -> None:
     @app.patch("/ui/conversations/{id}")
     def rename(id: str, title: Annotated[str, Body(embed=True)]) -> Response:
         try:

@@ -23,6 +23,8 @@ from moepic_core.spec import LayerPlan, Settings
 from moepic_core.trace import EventKind, Part, TracePhase
 from moepic_core.units import format_bytes
 
+from .origin import origin
+
 Figure = dict[str, Any]
 TIMELINE_TOKENS, TIMELINE_EVENTS = 12, 8000
 FIRST_SHOWN = 2  # tokens, before anybody zooms
@@ -165,8 +167,8 @@ def budgets_figure(
             "shapes": [_line(present / scale)],
         },
         "note": f"Lines are predicted by the cost model{', diamonds simulated' if is_simulated else ''}: from costs "
-        f"measured on this machine and {source}, for plans made with that. The last answer was made under the plan "
-        "that was in use. The dotted line is the budget in use.",
+        f"measured on this machine and the routing of {source}, for plans made with that. The last answer was made "
+        "under the plan that was in use. The dotted line is the budget in use.",
     }  # fmt: skip
 
 
@@ -231,8 +233,8 @@ def sizes_figure(
             "yaxis": {"title": {"text": "uses that find their expert cached, %"}, "range": [0, 101]},
             "shapes": [_line(100 * cached)],
         },
-        "note": f"Exact replay of {trace.num_tokens} recorded tokens ({trace.source}) from an empty cache, without "
-        "prefetch, the same share of slots in every layer. The dotted line is the mean share in use.",
+        "note": f"Exact replay of {origin(trace)}, from an empty cache, without prefetch, the same share of slots in "
+        "every layer. The dotted line is the mean share in use.",
     }
 
 

@@ -24,6 +24,7 @@ from .explorer import VIEWS, Explorer
 from .helping import Helping, adopt, table
 from .jobs import Job, Tell
 from .report import report
+from .sensors import Sample
 from .state import State
 
 FRESH = {"Cache-Control": "no-store"}
@@ -33,9 +34,11 @@ LIVE = ("vram", "strategy", "split", "eviction", "prefetch")  # settings that ch
 class Workshop:
     """What works on demand for the page; closed with the server."""
 
-    def __init__(self, state: State, helping: Helping) -> None:
+    def __init__(self, state: State, helping: Helping, sample: Callable[[], Sample | None]) -> None:
+        """`sample` gives the newest readings of the sensors."""
         self.state = state
         self.helping = helping
+        self._sample = sample
         self.explorer = Explorer(state)
         self.reporting = Job("moepic-report")
 
@@ -45,9 +48,13 @@ class Workshop:
         self.explorer.close()
         self.reporting.close()
 
+    def recorded(self) -> share.Recorded:
+        """Raises BadSettings when there is nothing to share."""
+        return share.recorded(self.state, self._sample())
+
     def start_report(self) -> None:
-        """All pictures that can be made now, then the file. Raises BadSettings when no model is loaded."""
-        share.recorded(self.state)
+        """All pictures that can be made now, then the file. Raises BadSettings when there is nothing to share."""
+        self.recorded()
         self.reporting.start(self._report)
 
     def _report(self, tell: Tell) -> str:
@@ -58,7 +65,7 @@ class Workshop:
         measured = self.helping.measured
         comparison = table(measured) if measured is not None else None
         script = plotly_js().read_text(encoding="utf-8")
-        return report(share.recorded(self.state), figures, comparison, script, time.strftime("%Y-%m-%d %H:%M"))
+        return report(self.recorded(), figures, comparison, script, time.strftime("%Y-%m-%d %H:%M"))
 
 
 def plotly_js() -> Path:
@@ -90,8 +97,19 @@ def import_settings(state: State, data: bytes) -> str:
 
 
 def add_routes(app: FastAPI, workshop: Workshop) -> None:
-    state, helping, explorer = workshop.state, workshop.helping, workshop.explorer
+    _add_comparison(app, workshop.helping)
+    _add_pictures(app, workshop)
+    _add_files(app, workshop)
 
+    @app.get("/ui/plotly.js")
+    def plotly() -> Response:
+        try:
+            return FileResponse(plotly_js(), media_type="text/javascript", headers={"Cache-Control": "max-age=86400"})
+        except BadSettings:
+            return Response(status_code=404)
+
+
+def _add_comparison(app: FastAPI, helping: Helping) -> None:
     @app.get("/ui/helping")
     def compared() -> JSONResponse:
         return JSONResponse(helping.view(), headers=FRESH)
@@ -108,10 +126,14 @@ def add_routes(app: FastAPI, workshop: Workshop) -> None:
     def use() -> JSONResponse:
         return _said(helping.use)
 
+
+def _add_pictures(app: FastAPI, workshop: Workshop) -> None:
+    explorer, reporting = workshop.explorer, workshop.reporting
+
     @app.get("/ui/explore/{view}")
     def explored(view: str) -> Response:
         if view == "report":
-            return JSONResponse(workshop.reporting.view(), headers=FRESH)
+            return JSONResponse(reporting.view(), headers=FRESH)
         return JSONResponse(explorer.view(view), headers=FRESH) if view in VIEWS else Response(status_code=404)
 
     @app.post("/ui/explore/{view}")
@@ -123,16 +145,20 @@ def add_routes(app: FastAPI, workshop: Workshop) -> None:
     @app.post("/ui/explore/{view}/stop")
     def stop_exploring(view: str) -> Response:
         if view == "report":
-            return _said(workshop.reporting.stop)
+            return _said(reporting.stop)
         return _said(lambda: explorer.stop(view)) if view in VIEWS else Response(status_code=404)
+
+
+def _add_files(app: FastAPI, workshop: Workshop) -> None:
+    state = workshop.state
 
     @app.get("/ui/share/{name}")
     def shared(name: str) -> Response:
         try:
             if name == "trace.npz":
-                return _file(share.trace_npz(share.recorded(state)), "application/octet-stream")
+                return _file(share.trace_npz(workshop.recorded()), "application/octet-stream")
             if name == "trace.json":
-                return _file(share.about_json(share.recorded(state)), "application/json")
+                return _file(share.about_json(workshop.recorded()), "application/json")
             if name == "settings.json":
                 loaded = state.look().loaded
                 return _file(share.settings_json(loaded.settings if loaded else state.settings), "application/json")
@@ -150,13 +176,6 @@ def add_routes(app: FastAPI, workshop: Workshop) -> None:
             if len(data) > share.LIMIT_BYTES:
                 break
         return await run_in_threadpool(_said, lambda: import_settings(state, bytes(data)))
-
-    @app.get("/ui/plotly.js")
-    def plotly() -> Response:
-        try:
-            return FileResponse(plotly_js(), media_type="text/javascript", headers={"Cache-Control": "max-age=86400"})
-        except BadSettings:
-            return Response(status_code=404)
 
 
 def _said(act: Callable[[], str | None]) -> JSONResponse:

@@ -1,17 +1,11 @@
 """Works out the pictures of `explore` on demand: one job for each, its slow parts in a process of low priority.
 
 Routes start a view and ask until it is done. What the loaded model's telemetry, costs and routing say is read here; the
-child process gets plain data and gives plain data back, so neither the engine nor the page waits for it.
+child process (see `elsewhere`) gets plain data and gives plain data back, so neither engine nor page waits for it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from moepic_core.errors import BadSettings
@@ -20,15 +14,14 @@ from moepic_core.spec import STRATEGIES, Plan
 from moepic_core.steering import Steering
 
 from . import explore
+from .elsewhere import elsewhere
 from .explore import Figure
 from .jobs import Job, Tell
 from .nouns import Loaded
+from .origin import origin
 from .state import State
 
-TELL_S = 0.2  # between two looks at whether it shall stop
 VIEWS = ("timeline", "budgets", "sizes")
-
-Away = Callable[..., Any]  # calls a function with its arguments elsewhere and returns what it returns
 
 
 class Picture(NamedTuple):
@@ -70,6 +63,8 @@ class Explorer:
         return Picture(self._state.look().loads, self._makers[view](tell))
 
     def _known(self) -> tuple[Loaded, Snapshot, Plan, Steering]:
+        if self._state.comparing:
+            raise BadSettings("settings are being compared; stop that, or wait until it is done")
         look, steering = self._state.look(), self._state.steering
         if look.loaded is None or look.snapshot is None or look.snapshot.plan is None or steering is None:
             raise BadSettings("no model is loaded; choose a checkpoint and press Load")
@@ -100,8 +95,7 @@ class Explorer:
                 settings = explore.as_strategy(loaded.settings, name)
                 found[name] = away(say, explore.budgets_of, settings, needs, costs, trace, axis, present)
         measured_s = snapshot.reply.tpot_s if snapshot.reply is not None else None
-        source = "assumed routing" if trace is None else f"{trace.num_tokens} tokens of routing, {trace.source}"
-        return explore.budgets_figure(found, present, measured_s, loaded.settings.strategy, source)
+        return explore.budgets_figure(found, present, measured_s, loaded.settings.strategy, origin(trace))
 
     def _sizes(self, tell: Tell) -> Figure:
         _, _, plan, steering = self._known()
@@ -120,24 +114,3 @@ class Explorer:
                 say = ((len(curves) + len(best)) / pieces, f"looking ahead with {share:.0%} cached")
                 best[share] = away(say, explore.belady_size, trace, share)
         return explore.sizes_figure(curves, best, plan.layers, trace)
-
-
-@contextmanager
-def elsewhere(tell: Tell) -> Iterator[Away]:
-    """Gives a function that calls others in a child process that yields to everybody else; stops when told to."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
-    with ProcessPoolExecutor(1, context, _step_back) as pool:
-
-        def away(say: tuple[float, str], function: Callable[..., Any], *arguments: Any) -> Any:
-            answer = pool.submit(function, *arguments)
-            tell(*say)
-            while not wait([answer], TELL_S).done:
-                tell(*say)
-            return answer.result()
-
-        yield away
-
-
-def _step_back() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the server, which then ends its children
-    os.nice(10)

@@ -10,7 +10,7 @@ import errno
 import logging
 import re
 
-from moepic_core.errors import MoepicError
+from moepic_core.errors import DeviceFailed, MoepicError
 
 LOST_GPU = re.compile(r"(?:CUDA|HIP) (?:error|driver)|(?:CUBLAS|CUDNN)_STATUS|device-side assert")
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory")
@@ -24,7 +24,8 @@ class EngineFailed(MoepicError):
 
 def explained(error: BaseException) -> MoepicError:
     """`error` as one that the page can show; the console gets the whole of what nobody expects."""
-    words = str(error).partition("\n")[0]
+    what_failed = error.__cause__ if isinstance(error, DeviceFailed) else None  # its own words are not for a page
+    words = str(what_failed or error).partition("\n")[0]
     if LOST_GPU.search(words):
         sentence = (
             f"the GPU stopped working ({words}); start MoEpic again, and lower the budget or choose --device cpu if it "

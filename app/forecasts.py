@@ -1,8 +1,8 @@
-"""What a token would cost along the whole budget slider: made by a thread of its own, remembered while it holds.
+"""What a token would cost along the whole budget slider: made elsewhere, one after another, remembered while it holds.
 
 Previews ask whenever the page shows a model, and never wait: planning a large model takes seconds. `changed` is called
-when an answer is there, and the page asks again. While a reply is made, what is known stays: planning and decoding are
-both many small steps of Python, and side by side each would take the interpreter from the other. Knows no engine.
+when an answer is there, and the page asks again. Planning and decoding are both many small steps of Python; in one
+process they would take the interpreter from each other, and a reply be a quarter as fast. Knows no engine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from moepic_core.planner import what_if
 from moepic_core.routing import RoutingTrace
 from moepic_core.spec import Settings
 
+from .elsewhere import child
 from .nouns import Forecast
+from .origin import origin
 
 NUM_POINTS = 24  # budgets for which a plan is made
 MOST_KNOWN = 16  # forecasts that are remembered
@@ -26,10 +28,8 @@ MOST_KNOWN = 16  # forecasts that are remembered
 class Forecasts:
     """See the module. Close it to end the thread."""
 
-    def __init__(self, changed: Callable[[], None], busy: Callable[[], bool] = lambda: False) -> None:
-        """`busy`: whether a reply is being made."""
+    def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
-        self._busy = busy
         self._lock = threading.Lock()
         self._known: dict[Hashable, tuple[Hashable, Forecast]] = {}
         self._asked: dict[Hashable, Hashable] = {}  # what the thread works on, or will
@@ -48,14 +48,13 @@ class Forecasts:
         trace: Callable[[], RoutingTrace | None],
         largest: int,
     ) -> Forecast | None:
-        """The forecast for `key`; None until it is made for the first time. Another `age` makes it anew meanwhile, at
-        the first call after a reply that is being made.
+        """The forecast for `key`; None until it is made for the first time. Another `age` makes it anew meanwhile.
 
         Budgets go from the smallest to `largest` bytes, or to everything. `trace` is called by the thread.
         """
         with self._lock:
             known_age, known = self._known.get(key, (None, None))
-            is_due = known_age != age and self._asked.get(key) != age and (known is None or not self._busy())
+            is_due = known_age != age and self._asked.get(key) != age
             if is_due:
                 self._asked[key] = age
         if is_due:
@@ -83,4 +82,7 @@ def forecast(
 ) -> Forecast:
     low, high = needs.smallest, max(needs.smallest, min(needs.everything, largest))
     budgets = [low + (high - low) * place // (NUM_POINTS - 1) for place in range(NUM_POINTS)]
-    return Forecast(tuple(what_if(settings, needs, costs, trace(), list(dict.fromkeys(budgets)))))
+    with child() as process:
+        known = trace()
+        points = process.submit(what_if, settings, needs, costs, known, list(dict.fromkeys(budgets))).result()
+    return Forecast(tuple(points), origin=origin(known))

@@ -37,18 +37,34 @@ def hardware(sample: Sample | None, look: Look, traffic_bytes_per_s: float) -> d
         "memory": memory(read, look),
         "meters": {
             "experts": _meter(traffic_bytes_per_s if loaded else None, link, _rate, unknown=UNKNOWN),
-            "gpu": _meter(read.gpu_use, 1.0, percent),
-            "pcie-in": _meter(read.pcie_in_bytes_per_s, read.pcie_limit_bytes_per_s, _rate),
-            "pcie-out": _meter(read.pcie_out_bytes_per_s, read.pcie_limit_bytes_per_s, _rate),
-            "power": _meter(read.power_w, read.power_limit_w, "{:.0f} W".format),
-            "temperature": _meter(read.temperature_c, read.temperature_limit_c or HOT_C, "{:.0f} °C".format),
-            "cpu": _meter(read.cpu_use, 1.0, percent),
-            "ram": _meter(read.ram_used_bytes, read.ram_total_bytes, format_bytes),
-            "vram": _meter(read.vram_used_bytes, read.vram_total_bytes, format_bytes),
-            "disk": _meter(read.disk_read_bytes_per_s, read.disk_limit_bytes_per_s, _rate),
+            **_meters(read),
         },
         "source": read.source if read.source != Sample.source else None,
         "gpu": read.gpu_name or (f"no GPU readings: {read.reason}" if read.reason else ""),
+    }
+
+
+def readings(sample: Sample) -> list[tuple[str, str]]:
+    """What the sensors said, in words, with why there is nothing where they said nothing."""
+    meters = _meters(sample)
+    names = {"gpu": "GPU use", "pcie-in": "PCIe in", "pcie-out": "PCIe out", "power": "Power",
+             "temperature": "Temperature", "vram": "VRAM used", "cpu": "CPU use", "ram": "RAM used",
+             "disk": "Disk read"}  # fmt: skip
+    return [("GPU", sample.gpu_name or f"none ({sample.reason})"),
+            *((name, meters[key]["text"]) for key, name in names.items())]  # fmt: skip
+
+
+def _meters(read: Sample) -> dict[str, Any]:
+    return {
+        "gpu": _meter(read.gpu_use, 1.0, percent),
+        "pcie-in": _meter(read.pcie_in_bytes_per_s, read.pcie_limit_bytes_per_s, _rate),
+        "pcie-out": _meter(read.pcie_out_bytes_per_s, read.pcie_limit_bytes_per_s, _rate),
+        "power": _meter(read.power_w, read.power_limit_w, "{:.0f} W".format),
+        "temperature": _meter(read.temperature_c, read.temperature_limit_c or HOT_C, "{:.0f} °C".format),
+        "cpu": _meter(read.cpu_use, 1.0, percent),
+        "ram": _meter(read.ram_used_bytes, read.ram_total_bytes, format_bytes),
+        "vram": _meter(read.vram_used_bytes, read.vram_total_bytes, format_bytes),
+        "disk": _meter(read.disk_read_bytes_per_s, read.disk_limit_bytes_per_s, _rate),
     }
 
 

@@ -34,6 +34,10 @@ from .talk import Talk
 from .theme import theme
 from .watch import Watch
 
+# Between two looks of Gradio's queue for questions, and for progress, which we tell otherwise. As it comes it looks a
+# thousand times a second, and each time takes the interpreter from the model: a seventh of its speed.
+QUEUE_LOOK_S, PROGRESS_LOOK_S = 0.02, 1.0
+
 
 def serve(
     *,
@@ -109,8 +113,8 @@ def build_app(
     store: Store | None = None,
 ) -> FastAPI:
     """The whole server: guard, our own routes, Gradio's page. Watches the engine for as long as it runs."""
-    watch, store, server = Watch(state, sensors), store or Store(), secrets.token_hex(4)
-    workshop = explore_routes.Workshop(state, Helping(state, store))
+    watch, store = Watch(state, sensors), store or Store()
+    workshop = explore_routes.Workshop(state, Helping(state, store), lambda: watch.sample)
 
     @asynccontextmanager
     async def watching(_: FastAPI) -> AsyncIterator[None]:
@@ -121,25 +125,9 @@ def build_app(
 
     hosts = None if auth else (*LOOPBACK_HOSTS, host.strip("[]"))  # who has to log in may come by any name
     app = FastAPI(openapi_url=None, lifespan=watching, middleware=[Middleware(Guard, hosts=hosts, login=auth)])
-
-    @app.get("/ui/live")
-    def live(seen: str = "", panels: bool = True) -> Response:
-        answer = {**watch.live(seen, panels), "conversations": store.version(), "server": server}
-        return Response(orjson.dumps(answer), media_type="application/json", headers={"Cache-Control": "no-store"})
-
     add_routes(app, store)
     explore_routes.add_routes(app, workshop)
-
-    @app.get("/ui/metrics")
-    def metrics() -> HTMLResponse:
-        return HTMLResponse(terms.page())
-
-    @app.get("/ui/{name}")
-    def asset(name: str) -> Response:
-        if name not in assets.SERVED:
-            return Response(status_code=404)
-        return FileResponse(assets.FOLDER / name, headers={"Cache-Control": "no-cache"})
-
+    _add_page_routes(app, watch, store)
     assets.run_first()
     gr.mount_gradio_app(
         app,
@@ -159,6 +147,26 @@ def build_app(
         mcp_server=False,
     )
     return app
+
+
+def _add_page_routes(app: FastAPI, watch: Watch, store: Store) -> None:
+    """The last routes of ours: one of them takes every name."""
+    server = secrets.token_hex(4)  # pages that see another one begin anew
+
+    @app.get("/ui/live")
+    def live(seen: str = "", panels: bool = True) -> Response:
+        answer = {**watch.live(seen, panels), "conversations": store.version(), "server": server}
+        return Response(orjson.dumps(answer), media_type="application/json", headers={"Cache-Control": "no-store"})
+
+    @app.get("/ui/metrics")
+    def metrics() -> HTMLResponse:
+        return HTMLResponse(terms.page())
+
+    @app.get("/ui/{name}")
+    def asset(name: str) -> Response:
+        if name not in assets.SERVED:
+            return Response(status_code=404)
+        return FileResponse(assets.FOLDER / name, headers={"Cache-Control": "no-cache"})
 
 
 def build_page(state: State, store: Store) -> gr.Blocks:
@@ -188,4 +196,5 @@ def build_page(state: State, store: Store) -> gr.Blocks:
     for block in page.blocks.values():
         if isinstance(block, gr.HTML):
             block.head = assets.SCRIPT_TAGS
+    page._queue.sleep_when_free, page._queue.progress_update_sleep_when_free = QUEUE_LOOK_S, PROGRESS_LOOK_S
     return page

@@ -90,6 +90,7 @@ class Forecast:
 
     points: tuple[tuple[int, Breakdown], ...]  # bytes, and where the seconds go
     error: float = TYPICAL_ERROR  # how far the speed may be from it, 0..1
+    origin: str = ""  # of the routing that it stands on, in words
 
     @property
     def budgets(self) -> list[int]:

@@ -47,9 +47,9 @@ class Held:
 
 
 class Previews:
-    def __init__(self, changed: Callable[[], None], busy: Callable[[], bool] = lambda: False) -> None:
-        """`changed` is called when a preview would say more than before; `busy`: whether a reply is being made."""
-        self._forecasts = Forecasts(changed, busy)
+    def __init__(self, changed: Callable[[], None]) -> None:
+        """`changed` is called when a preview would say more than before."""
+        self._forecasts = Forecasts(changed)
 
     def close(self) -> None:
         self._forecasts.close()

@@ -15,7 +15,9 @@ from typing import Any
 from moepic_core.metrics import Counters
 from moepic_core.units import format_bytes
 
+from . import gauges
 from .explore import Figure
+from .sensors import Sample
 from .share import Recorded, settings_of
 from .terms import define
 from .views import UNKNOWN, geometry, number, percent, size
@@ -80,7 +82,8 @@ def report(
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1><p>Made {escape(made)}. {escape(_link(known))}</p>"
         f"<section><h2>Figures</h2>{_figures(known)}</section>{_comparison(comparison)}{plots}"
-        f"<section><h2>Model, machine and settings</h2>{plan}{_facts(known)}</section>{script if figures else ''}"
+        f"<section><h2>Model, machine and settings</h2>{plan}{_facts(known)}</section>{_hardware(known.sample)}"
+        f"{script if figures else ''}"
         "</body></html>"
     )
 
@@ -143,6 +146,13 @@ def _facts(known: Recorded) -> str:
         *((name, str(value)) for name, value in settings.items() if value is not None),
     ]  # fmt: skip
     return _table((), [[escape(name), escape(value)] for name, value in facts])
+
+
+def _hardware(sample: Sample | None) -> str:
+    if sample is None:
+        return ""
+    rows = [[escape(name), escape(text)] for name, text in gauges.readings(sample)]
+    return f"<section><h2>Hardware, as it was then</h2>{_table((), rows)}</section>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

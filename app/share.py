@@ -23,6 +23,7 @@ from moepic_core.spec import Settings
 from moepic_core.trace import EventKind, Outcome, Part, Trace, TracePhase
 
 from .nouns import Loaded
+from .sensors import Sample
 from .state import State
 from .terms import PAGE_METRICS
 
@@ -42,15 +43,18 @@ class Recorded(NamedTuple):
     loaded: Loaded
     snapshot: Snapshot
     trace: Trace
+    sample: Sample | None = None  # None: no sensor was read yet
 
 
-def recorded(state: State) -> Recorded:
-    """Raises BadSettings when no model is loaded."""
+def recorded(state: State, sample: Sample | None = None) -> Recorded:
+    """Raises BadSettings when no model is loaded, and while the trace is not of what the user asks."""
+    if state.comparing:
+        raise BadSettings("settings are being compared; stop that, or wait until it is done")
     for _ in range(_TRIES):
         look, telemetry = state.look(), state.telemetry
         if look.loaded is None or look.snapshot is None or telemetry is None:
             raise BadSettings("no model is loaded, so there is nothing to share; choose a checkpoint and press Load")
-        found = Recorded(look.loaded, look.snapshot, telemetry.trace())
+        found = Recorded(look.loaded, look.snapshot, telemetry.trace(), sample)
         if telemetry.version == look.snapshot.version:
             break
     return found
@@ -61,7 +65,7 @@ def recorded(state: State) -> Recorded:
 
 def about(known: Recorded) -> dict[str, Any]:
     """Model, machine, settings, plan and figures of a trace, and what its numbers mean."""
-    loaded, snapshot, trace = known
+    loaded, snapshot, trace, sample = known
     spec = dataclasses.asdict(loaded.spec)
     del spec["path"]
     return {
@@ -73,6 +77,7 @@ def about(known: Recorded) -> dict[str, Any]:
         "settings": {**settings_of(loaded.settings), "checkpoint": loaded.spec.name},
         "plan": dataclasses.asdict(snapshot.plan) if snapshot.plan else None,
         "memory_bytes": dict(snapshot.memory_bytes),
+        "hardware": dataclasses.asdict(sample) if sample is not None else None,
         "phase": snapshot.phase,
         "reply": dataclasses.asdict(snapshot.reply) if snapshot.reply else None,
         "figures": {"last_reply": _scope(snapshot.last_reply), "session": _scope(snapshot.session)},

@@ -46,7 +46,7 @@ class State:
         self.comparing = False  # settings; then none can change
         self._board = Board()
         self._replying = threading.Lock()  # held by the one reply that is being made
-        self._previews = Previews(self._board.changed, self._replying.locked)
+        self._previews = Previews(self._board.changed)
         self._loader = Loader(self.kept, self._previews, self._board)
 
     def look(self) -> Look:
@@ -128,7 +128,7 @@ class State:
             yield from answers(self._ready_engine(), messages, values, stopped, self._board)
         finally:
             self._replying.release()
-            self._board.changed()  # forecasts have waited
+            self._board.changed()  # forecasts say how far replies were from them
 
     def stop(self) -> None:
         """Ends the running answer within one layer."""

@@ -37,7 +37,7 @@ FIGURES = (
     Figure("stall", "Stall", "stall_s", lambda _, figures: f"{figures.stall_s:.2f} s" if figures.uses else UNKNOWN),
 )
 MEMORY = {  # kinds of MemoryPlan in the order of the bar
-    "resident": "Weights outside experts",
+    "resident": "Non-experts",
     "kv": "KV cache",
     "workspace": "Workspace",
     "staging": "Staging",

@@ -24,7 +24,7 @@ from moepic_core.trace import EVENT, EventKind, TracePhase, decoded
 
 from . import gauges, views
 from .live import LINK, SHOWN, Ceiling, Heard, see
-from .sensors import MachineSource, Repeater, Sampler, Source
+from .sensors import MachineSource, Repeater, Sample, Sampler, Source
 from .state import State
 from .terms import CEILING_TOKENS, HISTORY_TOKENS, TRAFFIC_WINDOW_S
 
@@ -56,6 +56,11 @@ class Watch:
             if thread is not None:
                 thread.close()
 
+    @property
+    def sample(self) -> Sample | None:
+        """The newest readings of the sensors; None before the first."""
+        return self._sampler.last if self._sampler is not None else None
+
     def live(self, seen: str = "", panels: bool = True) -> dict[str, Any]:
         """All that moves on the page. A page that has `seen` the present version gets the hardware alone anew.
 
@@ -72,11 +77,10 @@ class Watch:
             ceiling = None
         with self._lock:
             heard = self._listener.hear(self._state.telemetry, time.perf_counter())
-        sample = self._sampler.last if self._sampler is not None else None
         answer = {
             **shown,
             "version": f"{look.loads}-{look.snapshot.version if look.snapshot else 0}-{hash(ceiling)}",
-            "hardware": gauges.hardware(sample, look, heard.link_bytes_per_s),
+            "hardware": gauges.hardware(self.sample, look, heard.link_bytes_per_s),
         }
         return answer if answer["version"] == seen else {**answer, "see": see(look, heard, ceiling)}
 
@@ -157,6 +161,7 @@ class Listener:
         self._moved = np.concatenate((self._moved, rows[np.isin(rows["kind"], LINK)]))
         self._open = rows if lost else np.concatenate((self._open, rows))
         self._is_whole = self._is_whole and not lost
+        self._add_late()
         ends = np.flatnonzero(self._open["kind"] == EventKind.TOKEN)
         for row in self._open[ends]:
             if row["phase"] == TracePhase.DECODE and row["end_s"] > row["start_s"]:
@@ -168,4 +173,13 @@ class Listener:
         if self._open[last]["phase"] == TracePhase.DECODE and (self._is_whole or len(ends) > 1):
             made = self._open[first:last]
             self._token, self._events = self._open[last].copy(), made[np.isin(made["kind"], SHOWN)]
+            self._events = self._events[self._events["token"] == self._token["token"]]
         self._open, self._is_whole = self._open[last + 1 :].copy(), True
+        self._add_late()
+
+    def _add_late(self) -> None:
+        """A transfer of a token may end, and be told of, after it."""
+        if self._token is not None and self._events is not None:
+            is_late = (self._open["token"] == self._token["token"]) & np.isin(self._open["kind"], SHOWN)
+            self._events = np.concatenate((self._events, self._open[is_late]))
+            self._open = self._open[~is_late]

@@ -263,7 +263,7 @@ Object.assign(window.MoEpic, (() => {
       if (sends && event.target.matches?.("#message textarea")) holdBack(event);
     }, true);
     keyboard(part, startNew);
-    whenThere(["#message", "#side .toggle-button", "#side .sidebar-content"], () => {
+    whenThere(["#message", "#side .toggle-button", "#side .sidebar-content", ".top .aside"], () => {
       nameButtons();
       new MutationObserver(nameButtons).observe(find("#message"), { childList: true, subtree: true });
       setUpSide();
@@ -371,9 +371,11 @@ Object.assign(window.MoEpic, (() => {
           button("›", "Next version", () => show(1), here === all - 1),
         );
       }
-      made.push(button("Branch", "Branch from here into a new conversation", () =>
-        open(opened.id, { number: row.number, branch: true })));
-      if (row.continues) made.push(button("Continue", "Continue this answer", () => stopButton() || trigger("submit")));
+      const acts = [button("Branch", "Branch from here into a new conversation", () =>
+        open(opened.id, { number: row.number, branch: true }))];
+      if (row.continues) acts.push(button("Continue", "Continue this answer", () => stopButton() || trigger("submit")));
+      for (const act of acts) act.classList.add("act");
+      made.push(...acts);
       if (row.note) {
         const note = make("span", row.failed ? "note failed" : "note", row.note);
         if (row.role === "assistant") note.title = definitions;
@@ -425,15 +427,21 @@ Object.assign(window.MoEpic, (() => {
     if (isSideOpen() !== isOpen) find("#side .toggle-button").click();
   }
 
-  // Remembers whether it was open, and keeps the keyboard out of it while it is not.
+  // Remembers whether it was open, and keeps the keyboard out of it while it is not. The header's button opens it,
+  // Gradio's own closes it: closed, that one would lie over the page.
   function setUpSide() {
-    const [root, toggle] = [find("#side"), find("#side .toggle-button")];
+    const [root, toggle, opener] = [find("#side"), find("#side .toggle-button"), find(".top .aside")];
     const update = () => {
-      root.querySelector(".sidebar-content").inert = !isSideOpen();
-      toggle.setAttribute("aria-expanded", isSideOpen());
-      toggle.setAttribute("aria-label", "Conversations and answer settings");
-      if (window.innerWidth >= WIDE_PX) localStorage.setItem(SIDE, isSideOpen() ? "open" : "");
+      const isOpen = isSideOpen();
+      const leaves = !isOpen && root.contains(document.activeElement);
+      document.body.classList.toggle("is-side-open", isOpen);
+      root.querySelector(".sidebar-content").inert = !isOpen;
+      for (const button of [toggle, opener]) button.setAttribute("aria-expanded", isOpen);
+      toggle.setAttribute("aria-label", opener.getAttribute("aria-label"));
+      if (leaves) opener.focus();
+      if (window.innerWidth >= WIDE_PX) localStorage.setItem(SIDE, isOpen ? "open" : "");
     };
+    opener.onclick = () => side(true);
     const wasOpen = localStorage.getItem(SIDE) === "open";
     if (wasOpen && window.innerWidth >= WIDE_PX) side(true);
     new MutationObserver(update).observe(root, { attributes: true, attributeFilter: ["class"] });

@@ -5,6 +5,7 @@
 Object.assign(window.MoEpic, (() => {
   const { listen, say, make, follow } = window.MoEpic;
   const CALM_MS = 1000; // after a change by hand, in which nothing else changes
+  const NARROW_PX = 700; // of the column, below which settings and panels need another arrangement
   const find = (selector) => document.querySelector(selector);
 
   // Components come in any order.
@@ -92,7 +93,7 @@ Object.assign(window.MoEpic, (() => {
     const reason = make("p", "reason");
     const forecast = make("div", "forecast");
     forecast.id = "forecast";
-    root.replaceChildren(head, forecast, bar, legend, reason);
+    const none = make("p", "none", "The budget and what it buys are shown here for a checkpoint that can be read.");
     let curve = null; // [bytes, seconds] along the slider
 
     // Shows at once what the curve says where the slider is; all the rest comes when Python answers.
@@ -109,9 +110,9 @@ Object.assign(window.MoEpic, (() => {
     document.addEventListener("input", (event) => event.target.closest?.("#slider") && move());
 
     follow(props, watch, (memory) => {
-      root.hidden = memory === null;
       curve = memory?.forecast?.curve ?? null;
-      if (memory === null) return;
+      if (memory === null) return root.replaceChildren(none);
+      if (none.isConnected || !head.isConnected) root.replaceChildren(head, forecast, bar, legend, reason);
       head.replaceChildren(
         make("b", "", memory.budget),
         make("span", "", ` of ${memory.everything} for everything`),
@@ -150,6 +151,7 @@ Object.assign(window.MoEpic, (() => {
     plot.setAttribute("aria-label", forecast.label);
     plot.tabIndex = 0;
     plot.dataset.tip = forecast.label;
+    plot.dataset.explore = "budgets"; // there for every strategy
     const svg = draw("svg", { viewBox: "0 0 100 30", preserveAspectRatio: "none" });
     const points = forecast.points.map(([x, y]) => `${100 * x},${28 - 26 * y}`).join(" ");
     svg.append(draw("polyline", { points }), draw("line", { y1: 0, y2: 30 }));
@@ -193,6 +195,9 @@ Object.assign(window.MoEpic, (() => {
     follow(props, watch, (decided) => {
       rows.replaceChildren(...(decided ?? []).flatMap(([name, words]) => [make("dt", "", name), make("dd", "", words)]));
     });
+    whenThere("#controls", (column) => new ResizeObserver(([{ contentRect }]) => {
+      document.body.classList.toggle("is-narrow", contentRect.width < NARROW_PX);
+    }).observe(column));
     whenThere("#more", (more) => whenThere("#steer", (panel) => openAndClose(more, panel, close)));
     for (const [id, text] of Object.entries(JSON.parse(root.dataset.tips))) whenThere(`#${id}`, (place) => explain(place, text));
     whenThere("#checkpoint", picker);
@@ -216,7 +221,7 @@ Object.assign(window.MoEpic, (() => {
     document.addEventListener("keydown", (event) => {
       const isOpen = document.body.classList.contains("steering") && !find("dialog[open]");
       // In an open list Escape closes the list alone.
-      if (event.key === "Escape" && isOpen && event.target.getAttribute("aria-expanded") !== "true") leave();
+      if (event.key === "Escape" && isOpen && !event.target.matches("input[aria-expanded=true]")) leave();
     }, true);
   }
 

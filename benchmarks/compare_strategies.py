@@ -5,7 +5,7 @@ takes 1, 2.9 (the paper's machine) and 6 times what computing the token takes. A
 routing of an earlier session, plays a few replies to warm up and then the measured ones; all cells are played in turn,
 several rounds. A round begins with a calibration, and beside what it measured stand the cost model's prediction and the
 simulator's replay of the same tokens, both by the costs of that round. Emulated link; times hold for this machine,
-ratios travel.
+ratios travel. `benchmarks.tables` makes tables of the last line, which is one JSON object, `benchmarks.draw` pictures.
 
 One thread computes, so that the link's copies have a core of their own, as they have a copy engine on a GPU.
 `benchmarks.reference_checkpoints` makes two checkpoints for this: `wide` with the bundled model's routing and experts
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import ForeignLoad, report
+from benchmarks.tables import margins
 from moepic_core.calibration import calibrate
 from moepic_core.cost_model import predict
 from moepic_core.costs import Costs
@@ -47,8 +48,9 @@ NUM_EARLIER = 16  # questions of the earlier session
 ABLATIONS: dict[str, dict[str, Any]] = {
     "moepic, no split": {"strategy": "moepic", "split": 1.0},
     "moepic, no prefetch": {"strategy": "moepic", "prefetch": "off"},
+    "moepic, the paper's LCP": {"strategy": "moepic", "eviction": "lcp"},
+    "moepic, ageing LCP": {"strategy": "moepic", "eviction": "lcp-aged"},
     "moepic, LRU": {"strategy": "moepic", "eviction": "lru"},
-    "moepic, aged LCP": {"strategy": "moepic", "eviction": "lcp-aged"},
     "moepic, uniform 0.5": {"strategy": "moepic", "split": 0.5},
 }
 
@@ -220,30 +222,6 @@ def row(cell: Cell) -> dict[str, Any]:
 def over(expected_s: Sequence[float], measured_s: Sequence[float]) -> float:
     """The median over the rounds, each by its own costs."""
     return statistics.median(one / other for one, other in zip(expected_s, measured_s, strict=True))
-
-
-def margins(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How much lower moepic's TPOT is than each baseline's in the paper's column, and the memory they need to match."""
-    found: dict[str, Any] = {}
-    ours = {(r["ratio"], r["share"]): r["tpot_s"] for r in rows if r["strategy"] == "moepic"}
-    for name in dict.fromkeys(r["strategy"] for r in rows if r["strategy"] != "moepic"):
-        theirs = [r for r in rows if r["strategy"] == name]
-        found[name] = {
-            f"{r['ratio']:g}x, {100 * r['share']:.1f} %": round(1 - ours[r["ratio"], r["share"]] / r["tpot_s"], 4)
-            for r in theirs if (r["ratio"], r["share"]) in ours
-        }  # fmt: skip
-        third = next(
-            (value for (ratio, share), value in ours.items() if ratio == 2.9 and abs(share - 1 / 3) < 0.01), None
-        )
-        enough = [r["share"] for r in theirs if third is not None and r["ratio"] == 2.9 and r["tpot_s"] <= third]
-        found[name]["share of experts for moepic's TPOT at 33 %, 2.9x"] = min(enough, default=None)
-    errors = [abs(r["predicted_over_measured"] - 1) for r in rows]
-    replays = [abs(r["simulated_over_measured"] - 1) for r in rows]
-    hits = [abs(r["simulated_hit_rate"] - r["hit_rate"]) for r in rows]
-    found["prediction error"] = {"median": round(statistics.median(errors), 4), "worst": round(max(errors), 4)}
-    found["replay error"] = {"median": round(statistics.median(replays), 4), "worst": round(max(replays), 4)}
-    found["replay hit rate off by"] = {"median": round(statistics.median(hits), 4), "worst": round(max(hits), 4)}
-    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:

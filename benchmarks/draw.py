@@ -1,20 +1,20 @@
-"""Pictures and tables of benchmark results, for `docs`: seconds per token against memory, one line per strategy.
+"""Pictures of benchmark results, for `docs`: seconds per token against memory, one line per strategy.
 
-`python -m benchmarks.draw RESULT.json … --picture FILE.png` reads JSON lines of `compare_strategies` or `full_scale`,
-draws them with Plotly in a Chromium without a window, and prints a table in Markdown. Measured and simulated results
-get the same look and different titles.
+`python -m benchmarks.draw RESULT.json … --picture FILE.png` reads JSON lines of `compare_strategies` or `full_scale`
+and draws them with Plotly in a Chromium without a window. Measured and simulated results get the same look and
+different titles. Tables are `benchmarks.tables`'.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from plotly.subplots import make_subplots
 
 from benchmarks.pictures import save
+from benchmarks.tables import Row, by_model, by_ratio, gigabytes_of, read, share_of
 
 # Okabe and Ito's palette, told apart without red and green.
 COLOURS = {
@@ -29,26 +29,18 @@ def main() -> int:
     parser.add_argument("results", type=Path, nargs="+", help="of one benchmark; their rows are put together")
     parser.add_argument("--picture", type=Path, required=True)
     options = parser.parse_args()
-    found = [json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) for path in options.results]
-    result = {**found[0], "rows": [row for each in found for row in each["rows"]]}
+    result = read(options.results)
     if result["benchmark"] == "compare_strategies":
-        panels = {f"link {ratio:g} × slower than compute": [row for row in result["rows"] if row["ratio"] == ratio]
-                  for ratio in dict.fromkeys(row["ratio"] for row in result["rows"])}  # fmt: skip
         title = f"Measured, emulated link: {result['checkpoint']}, {result['cpu']}"
-        x_of, x_name = (lambda row: 100 * row["share"]), "cached experts, % of all bytes"
+        panels, x_of, x_name = by_ratio(result), share_of, "cached experts, % of all bytes"
     else:
-        panels = {
-            f"{name} on {machine}": [row for row in result["rows"] if row["model"] == name]
-            for name, machine in dict.fromkeys((row["model"], row["machine"]) for row in result["rows"])
-        }
         title = "Simulated: cards from data sheets, synthetic routing"
-        x_of, x_name = (lambda row: row["budget_bytes"] / 1e9), "device memory, GB"
+        panels, x_of, x_name = by_model(result), gigabytes_of, "device memory, GB"
     draw(panels, title, x_of, x_name, options.picture)
-    print("\n".join(table(panels, x_of, x_name)))
     return 0
 
 
-def draw(panels: dict[str, list[dict[str, Any]]], title: str, x_of: Any, x_name: str, path: Path) -> None:
+def draw(panels: dict[str, list[Row]], title: str, x_of: Callable[[Row], float], x_name: str, path: Path) -> None:
     columns = 3
     rows = -(-len(panels) // columns)
     figure = make_subplots(rows, columns, subplot_titles=list(panels), horizontal_spacing=0.06, vertical_spacing=0.16)
@@ -71,27 +63,6 @@ def draw(panels: dict[str, list[dict[str, Any]]], title: str, x_of: Any, x_name:
         legend={"orientation": "h", "y": -0.28 / rows, "x": 0},
     )  # fmt: skip
     save(figure, path)
-
-
-def table(panels: dict[str, list[dict[str, Any]]], x_of: Any, x_name: str) -> list[str]:
-    """Milliseconds per token; in brackets by how much moepic's is lower."""
-    lines = []
-    for panel, rows in panels.items():
-        places = list(dict.fromkeys(round(x_of(row), 1) for row in rows))
-        lines += ["", f"**{panel}**", "", f"| {x_name} | " + " | ".join(f"{place:g}" for place in places) + " |",
-                  "|---" * (len(places) + 1) + "|"]  # fmt: skip
-        ours = {round(x_of(row), 1): row["tpot_s"] for row in rows if row["strategy"] == "moepic"}
-        for name in dict.fromkeys(row["strategy"] for row in rows):
-            found = {round(x_of(row), 1): row["tpot_s"] for row in rows if row["strategy"] == name}
-            cells = [_cell(found.get(place), None if name == "moepic" else ours.get(place)) for place in places]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _cell(seconds: float | None, ours: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{1e3 * seconds:.1f}" + ("" if ours is None else f" ({100 * (1 - ours / seconds):+.0f} %)")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 `python -m benchmarks.full_scale [--tokens 200] [--points 6]`. Each preset model on a card that people would run it on,
 the paper's two on the paper's card. Nothing here was measured: cards are data sheets, times estimates, routing is
 synthetic (`moepic_core/presets.py`, `moepic_core/synthetic.py`); what compares are strategies. The last line is one
-JSON object; `benchmarks.draw` makes a picture and a table of it.
+JSON object; `benchmarks.tables` makes tables of it, `benchmarks.draw` a picture.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.plan [--layers 64] [--experts 256] [--top-k 8] [--tokens 5000] [--rounds 5]`. A made-up large
 model on a made-up machine, with a synthetic trace. Statistics (what any size of cache would have hit) are prepared once
-for a trace and serve every budget; of a model this large they cover the newest 1,024 tokens (`tokens_replayed`). Then
+for a trace and serve every budget; of a model this large they cover the newest 512 tokens (`tokens_replayed`). Then
 come the first plan, a plan for one more budget, and a curve of 40 budgets as under the slider. One thread. The last
 line is one JSON object.
 """
@@ -33,12 +33,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    layer = MoeLayer(0, options.experts, neurons=768, hidden=2048, matrices=3, itemsize=2)
-    needs = Needs((layer,) * options.layers, options.top_k, resident=2 << 30, kv=1 << 30, workspace=1 << 29)
-    costs = Costs(
-        (LayerCosts(8e-5, 2e-5, 1e-5, 1.2e-5, 2e-5 / layer.neurons, 1e-12),) * options.layers,
-        after_s=2e-4, link_bytes_per_s=20e9, link_latency_s=1e-5, chunk_bytes=2 << 20, source="estimated",
-    )  # fmt: skip
+    needs, costs = made_up(options.layers, options.experts, options.top_k)
     trace = synthesize(HABITS[HABIT], options.layers, options.experts, options.top_k, options.tokens)
     replayed = min(options.tokens, max(FEWEST_TOKENS, EXPERTS_REPLAYED // (options.layers * options.experts)))
     foreign, times = ForeignLoad(), []
@@ -62,6 +57,17 @@ def main() -> None:
         "tokens_replayed": replayed, "rounds": options.rounds, "foreign_cores": foreign.cores(), **medians,
         "slowest_first_plan_s": slowest,
     })  # fmt: skip
+
+
+def made_up(num_layers: int, num_experts: int, top_k: int) -> tuple[Needs, Costs]:
+    """A model of small experts, as large ones have, on a machine with a fast card."""
+    layer = MoeLayer(0, num_experts, neurons=768, hidden=2048, matrices=3, itemsize=2)
+    needs = Needs((layer,) * num_layers, top_k, resident=2 << 30, kv=1 << 30, workspace=1 << 29)
+    costs = Costs(
+        (LayerCosts(8e-5, 2e-5, 1e-5, 1.2e-5, 2e-5 / layer.neurons, 1e-12),) * num_layers,
+        after_s=2e-4, link_bytes_per_s=20e9, link_latency_s=1e-5, chunk_bytes=2 << 20, source="estimated",
+    )  # fmt: skip
+    return needs, costs
 
 
 if __name__ == "__main__":

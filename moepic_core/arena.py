@@ -2,7 +2,9 @@
 
 Everything that the engine puts on the device is allocated or reserved here by kind, so "accounted bytes never exceed
 the budget" is checked at each allocation and nowhere else. Buffers are separate allocations, one per slot: shrinking a
-cache is dropping buffers, growing is allocating more, and nothing that stays is moved. Does not know what buffers hold.
+cache is dropping buffers, growing is allocating more, and nothing that stays is moved. On CUDA that wants torch's
+expandable segments, which launch.py and `cli` switch on: in fixed ones of 20 MiB only two slots of 7 MiB have room.
+Does not know what buffers hold.
 """
 
 from __future__ import annotations
@@ -14,6 +16,11 @@ from .errors import OutOfRoom
 from .packing import aligned_bytes
 from .units import align, format_bytes
 
+_FULL = (  # in what torch says when not its own allocator finds a memory full
+    "can't allocate memory",  # of the host
+    "CUDA error: out of memory",  # the driver, for streams, events and kernels
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 KINDS = ("resident", "kv", "workspace", "staging", "cache")
 
 
@@ -24,6 +31,8 @@ class Arena:
         self.bytes_by_kind = dict.fromkeys(KINDS, 0)
         self.peak_bytes = 0
         self._freed = False  # something that `trim` can give back
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     @property
     def used_bytes(self) -> int:
@@ -76,7 +85,7 @@ class Arena:
 
     @property
     def peak_device_bytes(self) -> int:
-        """The most device memory so far: accounted on the CPU, as the allocator saw it on CUDA."""
+        """The most device memory since this was made: accounted on the CPU, as the allocator saw it on CUDA."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self.peak_bytes
 
     def check(self) -> None:
@@ -86,7 +95,7 @@ class Arena:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch said that a memory, of the device or of the host, is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _FULL)
 
 
 def _allocate(nbytes: int, device: torch.device) -> Tensor:

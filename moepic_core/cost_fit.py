@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .costs import Costs, LayerCosts, LinkSpeed
+from .guesses import accuracies
 from .trace import EventKind, Part, TracePhase
 
 
@@ -23,6 +24,7 @@ class Run:
     events: NDArray[np.void]  # rows of EVENT
     top_rows: tuple[int, ...]  # per layer
     guessing: bool  # the next layer's router was asked ahead of time
+    scores: NDArray[np.int64] | None = None  # [2, layers, ranks], right guesses and all; None: nobody counted
 
 
 def fit_costs(
@@ -44,7 +46,10 @@ def fit_costs(
     ]
     after_s = _median([steps.after() for steps in found])
     bytes_per_s, latency_s = _link(runs, link_alone)
-    costs = Costs(tuple(layers), after_s, bytes_per_s, latency_s, chunk_bytes, "measured")
+    costs = Costs(tuple(layers), after_s, bytes_per_s, latency_s, chunk_bytes, "measured", alone=link_alone)
+    scores = [run.scores for run in runs if run.scores is not None]
+    if scores:
+        costs = replace(costs, guess_accuracy=accuracies(*np.sum(scores, axis=0)))
     factors = np.concatenate([computing(run, neurons, costs) for run in runs])
     return replace(costs, error=float(np.median(np.abs(1 / factors - 1))) if len(factors) else 0.0)
 

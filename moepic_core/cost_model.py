@@ -141,6 +141,7 @@ class Walk:
     stall_s: Array
     link_s: Array
     link_bytes: Array
+    wasted_s: Array
     outcomes: Array  # [plans, 3], hits, partial hits, misses; per token
 
 
@@ -162,7 +163,7 @@ def walk(
     resident = (rows == neurons) & (slots == [layer.num_experts for layer in layers])  # [plans, layers]
     windows = np.zeros((num_layers, num_plans, work.num_tokens))
     total_s = np.full(num_plans, sum(layer.before_s + layer.step_s for layer in costs.layers) + costs.after_s)
-    experts_s, stall_s, link_s, link_bytes = np.zeros((4, num_plans))
+    experts_s, stall_s, link_s, link_bytes, wasted_s = np.zeros((5, num_plans))
     outcomes = np.zeros((num_plans, 3))
     # The last two layers run twice: first only to find the window of the first one.
     for position, layer in enumerate([*range(max(0, num_layers - 2), num_layers), *range(num_layers)]):
@@ -181,10 +182,11 @@ def walk(
             experts_s += times.compute_s.mean(axis=1) + cost.step_s
             stall_s += times.stall_s.mean(axis=1)
             link_s += (times.demand_s + times.prefetch_s).mean(axis=1)
+            wasted_s += times.wasted_s.mean(axis=1)
             needed = found.hits * size.hit_bytes + found.misses * size.miss_bytes
             link_bytes += (needed + times.wasted_s * costs.link_bytes_per_s).mean(axis=1)
             outcomes += _outcomes(size, found, times).mean(axis=2).T
-    return Walk(total_s, windows, experts_s, stall_s, link_s, link_bytes, outcomes)
+    return Walk(total_s, windows, experts_s, stall_s, link_s, link_bytes, wasted_s, outcomes)
 
 
 def _outcomes(size: Pieces, found: Found, times: LayerTimes) -> Array:
@@ -215,7 +217,7 @@ def predict(
     depth = plan.prefetch_depth if plan.predictor != "none" else 0
     known = trace if earlier is None else joined(earlier, trace)
     start = known.num_tokens - trace.num_tokens + (int(WARM_UP * trace.num_tokens) if warm_up is None else warm_up)
-    work = workload(replay(known, plan.eviction, plan.predictor), depth, start=start)
+    work = workload(replay(known, plan.eviction, plan.predictor, costs.guess_accuracy), depth, start=start)
     return breakdown(walk(work, layers, costs, *table(plan.layers), itemised=True), 0, costs)
 
 
@@ -238,4 +240,5 @@ def breakdown(result: Walk, plan: int, costs: Costs) -> Breakdown:
         partial_hit_rate=float(outcomes[1]),
         miss_rate=float(outcomes[2]),
         link_bytes=float(result.link_bytes[plan]),
+        wasted_s=float(result.wasted_s[plan]),
     )

@@ -23,6 +23,16 @@ class LayerCosts:
 
 
 @dataclass(frozen=True)
+class LinkSpeed:
+    """The link with nothing else to do, and the memories at its ends."""
+
+    bytes_per_s: float  # of many transfers at once
+    latency_s: float  # of one transfer, on top of its bytes
+    copy_s_per_byte: float  # of a copy within the device
+    host_bytes_per_s: float  # of a copy within host memory
+
+
+@dataclass(frozen=True)
 class Costs:
     """A model on a machine."""
 
@@ -34,15 +44,8 @@ class Costs:
     source: Literal["measured", "estimated"]
     error: float = 0.0  # median of |computing predicted / measured − 1| over the tokens that they were fitted to
     note: str = ""  # for people: what has changed since they were measured
-
-
-@dataclass(frozen=True)
-class LinkSpeed:
-    """The link with nothing else to do."""
-
-    bytes_per_s: float  # of many transfers at once
-    latency_s: float  # of one transfer, on top of its bytes
-    copy_s_per_byte: float  # of a copy within the device
+    guess_accuracy: tuple[tuple[float, ...], ...] = ()  # [layers][ranks], share of right guesses; () for not measured
+    alone: LinkSpeed | None = None  # for people; None: not measured
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,12 @@ class Breakdown:
     partial_hit_rate: float
     miss_rate: float
     link_bytes: float  # that travel for one token
+    wasted_s: float  # of `link_s`, spent on wrong guesses
+
+    @property
+    def covered_s(self) -> float:
+        """Of `link_s`, hidden behind computing."""
+        return max(0.0, self.link_s - self.stall_s)
 
     @property
     def total_s(self) -> float:

@@ -23,7 +23,7 @@ from .memory import Memory
 from .metrics import Snapshot
 from .passes import Passes
 from .replies import Replies
-from .spec import Plan, Settings
+from .spec import MachineProfile, Plan, Settings
 
 LIVE_SETTINGS = ("vram", "strategy", "split", "eviction", "prefetch")  # applied without reloading
 
@@ -34,7 +34,6 @@ class Engine:
     def __init__(self, parts: Parts) -> None:
         """Puts loaded parts to work; `Engine.load` makes them."""
         self.spec = parts.spec
-        self.machine = parts.machine
         self.link = parts.link
         self.hf = parts.hf
         self.text = parts.text
@@ -131,6 +130,10 @@ class Engine:
             self.governor.apply(plan)
             self.governor.settings = settings
             return self.plan
+
+    @property
+    def machine(self) -> MachineProfile:
+        return self.steering.machine
 
     def learn(self, costs: Costs) -> Plan:
         """From now on plans stand on measured `costs`; makes and applies a new one, between replies."""

@@ -30,6 +30,14 @@ class TransferFailed(MoepicError):
     """Bytes could not be brought to the device, after retries."""
 
 
+class DeviceFailed(TransferFailed):
+    """The device itself has failed: neither bytes nor answers come from it until the program starts again."""
+
+    def __init__(self, reason: BaseException) -> None:
+        first_line = str(reason).partition("\n")[0]  # the rest of what CUDA says is for those who write kernels
+        super().__init__(f"the GPU has failed ({first_line}); end MoEpic and start it again")
+
+
 class Cancelled(MoepicError):
     """The user asked to stop; nothing is wrong."""
 

@@ -14,7 +14,7 @@ from .spec import EvictionName
 
 CANDIDATES: tuple[EvictionName, ...] = ("lcp-aged", "lru")  # the first one unless another is better by MARGIN
 MARGIN = 0.005  # of all uses: less is noise, and a change of policy is no free choice
-_TOKENS, _LAYERS = 1024, 4  # that are looked at: a tenth of a second's work for the largest models
+_TOKENS, _LAYERS = 1024, 8  # that are looked at: a third of a second's work for the largest models
 
 
 def mean_hits(eviction: EvictionName, trace: RoutingTrace) -> float:

@@ -1,6 +1,6 @@
 """The arithmetic of one expert segment: gate, up, activation, down, and the sum over a token's experts.
 
-Called by the adapter's experts function. Every (token, k) pair is accumulated in float32 and the k pairs are added in a
+Called by `hf.experts`. Every (token, k) pair is accumulated in float32 and the k pairs are added in a
 fixed order at the end, so the answer does not depend on which segment arrived first, on cache size or on policy. Knows
 nothing of where weights live.
 """

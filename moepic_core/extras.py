@@ -8,11 +8,12 @@ the prompts; routing is where the first plan starts from, before the user has sa
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .errors import BadCheckpoint
-from .routing import RoutingTrace
+from .routing import BROUGHT, UNKNOWN, RoutingTrace
 from .spec import ModelSpec
 from .trace_file import load_trace
 
@@ -42,7 +43,7 @@ def brought_routing(spec: ModelSpec) -> RoutingTrace | None:
         raise BadCheckpoint(
             f"{name} is of another model: experts of each layer and of a token are {found}, not {wanted}"
         )
-    return trace
+    return replace(trace, subject_names=tuple(BROUGHT if name == UNKNOWN else name for name in trace.subject_names))
 
 
 def _extras(folder: Path) -> dict[str, Any]:

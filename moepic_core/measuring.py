@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from .cost_fit import Run
 from .costs import LinkSpeed
 from .engine import Engine
@@ -52,10 +54,13 @@ def rehearse(engine: Engine, seconds: float, **changes: Any) -> Run:
                 ids.append(int(logits.argmax()))
                 made += 1
             events, _ = telemetry.events()
+            scores = np.stack(engine.residency.predictor.counts())
             engine.hf.forget()
         engine.governor.apply(plan)
         engine.residency.warm_up()
-    return Run(events, tuple(share.top_rows for share in rehearsed.layers), rehearsed.predictor != "none")
+    guessing = rehearsed.predictor != "none"
+    tops = tuple(share.top_rows for share in rehearsed.layers)
+    return Run(events, tops, guessing, scores if guessing else None)
 
 
 @contextmanager
@@ -75,7 +80,7 @@ def aside(engine: Engine) -> Iterator[None]:
         with engine.turn.held():
             if not engine.turn.closed:
                 residency.forget_guesses()
-                residency.transfer.drain_events()
+                residency.loads.discard()
                 residency.telemetry, governor.settings = telemetry, settings
                 engine.turn.stop.clear()  # a stop ends what was tried out, not its tidying up
                 governor.apply(plan)

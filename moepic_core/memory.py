@@ -15,12 +15,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .costs import Costs, LayerCosts
+from .costs import Costs, LayerCosts, LinkSpeed
 from .errors import BadSettings, MoepicError
 from .routing import RoutingTrace
 from .trace_file import load_trace, save_trace
 
-_VERSION = 1  # of what costs mean
+_VERSION = 2  # of what costs mean
 _STALE_S = 30 * 24 * 3600.0  # drivers, clocks and other programs change
 
 
@@ -47,7 +47,10 @@ class Memory:
                 return None
             values = found["costs"]
             layers = tuple(LayerCosts(**layer) for layer in values.pop("layers"))
-            return Costs(layers=layers, **values)
+            accuracy = tuple(map(tuple, values.pop("guess_accuracy")))
+            alone = values.pop("alone")
+            speed = None if alone is None else LinkSpeed(**alone)
+            return Costs(layers=layers, guess_accuracy=accuracy, alone=speed, **values)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

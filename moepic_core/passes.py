@@ -6,11 +6,12 @@ with Cancelled. Takes no turn and chooses no token.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .arena import is_out_of_memory
 from .assembly import Parts
-from .errors import OutOfRoom
+from .errors import DeviceFailed, OutOfRoom
 from .governor import Governor
 from .units import format_bytes
 
@@ -24,12 +25,20 @@ class Passes:
         self._context_length = parts.context_length
 
     def run(self, ids: list[int]) -> tuple[Tensor, int]:
-        """Runs what of `ids` is not in the KV memory yet: the last one's logits `[vocab]`, and its number."""
+        """Runs what of `ids` is not in the KV memory yet: the last one's logits `[vocab]`, and its number.
+
+        Raises DeviceFailed when the device does not answer any more, RuntimeError when a memory is full.
+        """
         done = len(self._hf.cached_ids)
         while True:
             chunk = ids[done : done + self.chunk]
             self._residency.begin_pass(len(chunk))
-            logits = self._hf.forward(chunk)
+            try:
+                logits = self._hf.forward(chunk)
+            except torch.AcceleratorError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise DeviceFailed(error) from error
             last = self._residency.end_pass()
             done += len(chunk)
             if done == len(ids):

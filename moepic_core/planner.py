@@ -27,9 +27,9 @@ from .uniform import cache_room, eviction_of, predictor_of, reason_of, uniform_p
 from .workload import Workload, assumed_trace, replay, workload
 
 EQUAL_SPLITS = (0.5, 1.0)  # that every plan is compared with
-MOST_TOKENS, FEWEST_TOKENS = 5000, 1024  # of a trace that is planned from: the newest (5,000: arXiv 2509.08342)
+MOST_TOKENS, FEWEST_TOKENS = 5000, 512  # of a trace that is planned from: the newest (5,000: arXiv 2509.08342)
 TELLING = 1.1  # times faster that assumed routing must say a split is before it is chosen over whole experts
-EXPERTS_REPLAYED = 2_500_000  # tokens × experts, between the two: a fraction of a second's work
+EXPERTS_REPLAYED = 2_500_000  # tokens × experts, between the two: what that loses is in docs/RESULTS.md
 
 
 def make_plan(settings: Settings, needs: Needs, budget: int, costs: Costs | None, trace: RoutingTrace | None) -> Plan:
@@ -84,7 +84,7 @@ class Outlook:
         self._eviction, self._more_hits = eviction_of(settings), 0.0
         if self._allocation == "planned" and settings.eviction == "auto":
             self._eviction, self._more_hits = best_eviction(trace)
-        self._replay = replay(trace, self._eviction, predictor_of(settings))
+        self._replay = replay(trace, self._eviction, predictor_of(settings), costs.guess_accuracy)
         depth = settings.most_guesses(needs.top_k) if predictor_of(settings) != "none" else 0
         self._depths = [depth, 0] if depth and self._may_choose else [depth]
         self._works = {each: workload(self._replay, each) for each in self._depths}
@@ -146,49 +146,55 @@ class Outlook:
         seconds: NDArray[np.float64],
         predicted: Breakdown,
     ) -> Plan:
-        layers, shares, reason, rounds = self.needs.layers, candidates[best], base.reason, 0
-        if self._allocation == "dynamic-program":
-            why = "shares of the fewest expected misses, by dynamic program"
-            reason = reason_of(base.strategy, shares, layers, why)
-        elif self._allocation == "assumed":
-            whole_s, *split_s = seconds[0]
-            why = "a split is clearly faster even if routing is uniform"
-            if best == 0:
-                why = "whole experts are the fastest even if routing is uniform"
-                if whole_s > min(split_s) / TELLING:
-                    why = "assumed routing cannot tell splits from whole experts, which real routing favours"
-            reason = reason_of(base.strategy, shares, layers, why)
-        elif self._allocation == "planned":
-            levels, *_ = self._frontier.best(self._room(base))
-            rounds, why = levels.rounds, "equal shares, predicted to be faster than all unequal ones that were found"
-            if best % self._num_safe == 0:
-                end = "no move of memory between layers helps any more" if levels.settled else "no more are made"
-                why = f"planned in {rounds} rounds: {end}"
-            if self._may_choose and predicted.total_s > self._streaming_s:
-                guesses, empty, without = min(self._empty[: base.prefetch_depth + 1], key=lambda way: way[2].total_s)
-                predicted = min(predicted, without, key=lambda each: each.total_s)
-                if without.total_s < seconds.min():
-                    depth, shares = guesses, empty
-            why += "; no prefetch, which would cost more than it hides" if depth < base.prefetch_depth else ""
-            reason = reason_of(base.strategy, shares, layers, why)
-        notes = [self._replay.trace.source] if self._cold else []
-        if self._more_hits and any(share.slots for share in shares):
-            default = eviction_of(self.settings)
-            notes.append(
-                f"evicted by {base.eviction}, which keeps {self._more_hits:.1%} more of what is used than {default}"
-            )
-        notes += [self._replay.assumed] if self._replay.assumed and depth else []
-        notes += [self.costs.note] if self.costs.note else []
+        """The plan of the best candidate, or without any cache where even that is faster."""
+        layers, shares, why, rounds = self.needs.layers, candidates[best], self._why(base, best, seconds), 0
+        if self._allocation == "planned":
+            rounds = self._frontier.best(self._room(base))[0].rounds
+        if self._may_choose and predicted.total_s > self._streaming_s:
+            guesses, empty, without = min(self._empty[: base.prefetch_depth + 1], key=lambda way: way[2].total_s)
+            predicted = min(predicted, without, key=lambda each: each.total_s)
+            if without.total_s < seconds.min():
+                depth, shares = guesses, empty
+        why += "; no prefetch, which would cost more than it hides" if depth < base.prefetch_depth else ""
+        reason = reason_of(base.strategy, shares, layers, why) if why else base.reason
         return replace(
             base,
             layers=shares,
             predictor=base.predictor if depth else "none",
             prefetch_depth=depth,
             memory=replace(base.memory, cache=cache_bytes(layers, shares)),
-            reason="; ".join([reason, *notes]),
+            reason="; ".join([reason, *self._notes(base, shares, depth)]),
             rounds=rounds,
             predicted=predicted,
         )
+
+    def _why(self, base: Plan, best: int, seconds: NDArray[np.float64]) -> str:
+        """What speaks for candidate `best`, for people; "" where no other was asked."""
+        if self._allocation == "dynamic-program":
+            return "shares of the fewest expected misses, by dynamic program"
+        if self._allocation == "assumed":
+            whole_s, *split_s = seconds[0]
+            if best > 0:
+                return "a split is clearly faster even if routing is uniform"
+            if whole_s > min(split_s) / TELLING:
+                return "assumed routing cannot tell splits from whole experts, which real routing favours"
+            return "whole experts are the fastest even if routing is uniform"
+        if self._allocation != "planned":
+            return ""
+        if best % self._num_safe > 0:
+            return "equal shares, predicted to be faster than all unequal ones that were found"
+        levels, *_ = self._frontier.best(self._room(base))
+        end = "no move of memory between layers helps any more" if levels.settled else "no more are made"
+        return f"planned in {levels.rounds} rounds: {end}"
+
+    def _notes(self, base: Plan, shares: Sequence[LayerPlan], depth: int) -> list[str]:
+        """What a plan stands on, for people."""
+        notes = [self._replay.trace.source] if self._cold else []
+        if self._more_hits and any(share.slots for share in shares):
+            more, other = f"{self._more_hits:.1%} more of what is used", eviction_of(self.settings)
+            notes.append(f"evicted by {base.eviction}, which keeps {more} than {other}")
+        notes += [self._replay.guessing] if self._replay.guessing and depth else []
+        return notes + ([self.costs.note] if self.costs.note else [])
 
     def _room(self, base: Plan) -> int:
         return cache_room(self.settings, self.needs, base.memory.budget)

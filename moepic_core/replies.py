@@ -69,13 +69,14 @@ class Replies:
         finally:
             with self._turn.held():
                 self._turn.end_reply()
+                if not self._turn.closed:
+                    self._residency.end_reply()
                 telemetry.end_reply()
                 if not self._turn.closed:
                     self._tidy_up(plan)
 
     def _tidy_up(self, begun: Plan) -> None:
-        """After a reply: no guess is open, and what was learnt makes a new plan when that is due."""
-        self._residency.forget_guesses()
+        """After a reply: what was learnt makes a new plan when that is due."""
         if self._residency.telemetry is self._parts.steering.telemetry and self._governor.plan is begun:
             self._parts.steering.follow(begun)
         if self._parts.steering.due:

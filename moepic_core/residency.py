@@ -1,7 +1,7 @@
 """The heart: brings a layer's experts to where they are computed, and decides what stays.
 
 The only place where cache, host store, transfer, eviction, predictor and telemetry meet. The engine applies plans and
-marks passes; within a pass the adapter opens a `Step` for each MoE layer (`step`), which takes its slots and buffers
+marks passes; within a pass `hf.experts` opens a `Step` for each MoE layer (`step`), which takes its slots and buffers
 here, and asks for a prefetch of the next. All state changes happen on the compute thread. Does no arithmetic on weights
 and knows no stream, thread or file.
 """
@@ -12,8 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
@@ -22,23 +20,16 @@ from .arena import Arena
 from .device_cache import LayerCache, Slot
 from .errors import MoepicError
 from .eviction import EvictionPolicy, make_policy
-from .geometry import Segment, record_stride, segment
+from .geometry import record_stride
 from .host_store import HostStore
+from .loads import Loads
 from .predictor import Predictor
 from .routing import RoutingTrace
 from .spec import MoeLayer, Plan
 from .staging import Staging, StagingBuffer
 from .telemetry import Telemetry
 from .trace import EventKind, Part
-from .transfer.base import Priority, Ticket, Transfer
-
-
-class Tag(NamedTuple):
-    """What a transfer carries; comes back with its times."""
-
-    layer: int
-    expert: int
-    part: Part
+from .transfer.base import Priority, Transfer
 
 
 class Residency:
@@ -61,6 +52,7 @@ class Residency:
         self.cancelled = cancelled
         self.caches = [LayerCache(layer, dtype, arena) for layer in layers]
         self.staging = Staging(arena)
+        self.loads = Loads(store, transfer, self.caches)
         self.policies: list[EvictionPolicy] = []
         self.predictor = Predictor(len(layers), max_depth=1)
         self.matrices: ActivationMatrices | None = None  # of requests, where the plan's predictor guesses from them
@@ -111,7 +103,7 @@ class Residency:
             yield
         finally:
             self.forget_guesses()
-            self.transfer.drain_events()
+            self.loads.discard()
             vars(self).update(kept)
             self.precise = False
 
@@ -137,7 +129,7 @@ class Residency:
                 if slot is None:
                     break
                 cache.claim(slot, expert)
-                loads.append((slot, self.load_top(layer, slot)))
+                loads.append((slot, self.loads.into_slot(layer, slot)))
             for place, (slot, ticket) in enumerate(loads):
                 try:
                     ticket.wait(self.cancelled)
@@ -149,7 +141,7 @@ class Residency:
                     raise
                 cache.arrived(slot)
                 cache.release(slot, None)
-        self.transfer.drain_events()
+        self.loads.discard()
 
     def empty(self) -> None:
         """Nothing is cached, guessed or known of earlier tokens; `apply` must follow."""
@@ -179,13 +171,16 @@ class Residency:
         return self.plan.predictor != "none" and not whole
 
     def end_pass(self) -> int:
-        """The pass is over: hands the link's events to telemetry. Returns the number of the pass's last token."""
+        """The pass is over: reports what the link did. Returns the number of the pass's last token."""
         last = self.token + self._pass_tokens - 1
-        for event in self.transfer.drain_events():
-            kind = EventKind.DEMAND if event.priority is Priority.DEMAND else EventKind.PREFETCH
-            assert isinstance(event.tag, Tag), event.tag
-            self.telemetry.event(kind, *event.tag, event.start_s, event.end_s, event.nbytes, last)
+        self.loads.report_stalls(self.telemetry, self.token)
+        self.loads.report(self.telemetry, last)
         return last
+
+    def end_reply(self) -> None:
+        """A request is over: what was guessed is forgotten, and what a device did after the last pass is reported."""
+        self.end_pass()
+        self.forget_guesses()
 
     def prefetch(self, layer: int, ranked: Sequence[int]) -> None:
         """Queues guesses for `layer`, the next to run, best first. They never delay a demand."""
@@ -208,30 +203,7 @@ class Residency:
                 continue
             buffer = self.staging.take_guess(layer, expert)
             assert buffer is not None
-            self.load(buffer, Priority.PREFETCH, with_top=not top_cached)
-
-    def load(self, buffer: StagingBuffer, priority: Priority, with_top: bool) -> None:
-        """Sends the buffer's expert into it: the bottom, and the top before it when asked."""
-        geometry, top = self.layers[buffer.layer], self.caches[buffer.layer].top
-        sent = 0  # bytes of the record that the top carries already
-        if with_top and top is not None:
-            buffer.top = self._submit(
-                buffer, top, Part.TOP if top.stop_row < geometry.neurons else Part.WHOLE, priority
-            )
-            sent = top.stop
-        rows = 0 if top is None else top.stop_row
-        if rows < geometry.neurons and sent < record_stride(geometry):
-            bottom = segment(geometry, rows, geometry.neurons)
-            bottom = replace(bottom, start=max(bottom.start, sent))
-            buffer.bottom = self._submit(buffer, bottom, Part.BOTTOM if rows else Part.WHOLE, priority)
-
-    def load_top(self, layer: int, slot: Slot) -> Ticket:
-        """Demands the top of the slot's expert straight into the slot."""
-        top = self.caches[layer].top
-        assert top is not None
-        source = self.store.source(layer, slot.expert, top)
-        tag = Tag(layer, slot.expert, Part.TOP)
-        return self.transfer.submit(source, slot.buffer, Priority.DEMAND, tag=tag, after=slot.fence)
+            self.loads.into_staging(buffer, Priority.PREFETCH, with_top=not top_cached)
 
     def room_for_top(self, layer: int, expert: int, protected: Collection[int]) -> Slot | None:
         """A free slot claimed for `expert`, after evicting if need be; None when all slots are protected."""
@@ -294,12 +266,3 @@ class Residency:
         for cache in self.caches:
             cache.close()
         self.staging.resize(0, 0)
-
-    def _submit(self, buffer: StagingBuffer, wanted: Segment, part: Part, priority: Priority) -> Ticket:
-        return self.transfer.submit(
-            self.store.source(buffer.layer, buffer.expert, wanted),
-            buffer.buffer[wanted.start : wanted.stop],
-            priority,
-            tag=Tag(buffer.layer, buffer.expert, part),
-            after=buffer.fence,
-        )

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+UNKNOWN = "unknown"  # the subject of what was made in chats, which nobody has named
+BROUGHT = "brought"  # that of what came with a checkpoint, if nobody has named it there
+
 
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:

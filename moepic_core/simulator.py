@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .costs import Breakdown, Costs
+from .guesses import completed
 from .routing import RoutingTrace
 from .simulated_engine import SimulatedEngine
 from .spec import MoeLayer, Plan
@@ -56,8 +57,9 @@ def simulate(
     """Replays all tokens of `trace`; figures are those of the tokens after the first `warm_up`.
 
     Caches are empty at first or, given what `earlier` tokens used, filled as the engine fills them when it starts. An
-    event of a transfer covers consecutive chunks, where the engine records one for each. Raises AssertionError when
-    trace, plan, costs and layers are not of one model, or when no token is left to count.
+    event of a transfer covers consecutive chunks, where the engine records one for each. Guesses that the trace lacks
+    are completed as for planning (`guesses`). Raises AssertionError when trace, plan, costs and layers are not of one
+    model, or when no token is left to count.
     """
     shape = (len(layers), [layer.num_experts for layer in layers])
     assert shape == (trace.experts.shape[1], list(trace.num_experts)), (shape, trace.num_experts)
@@ -66,6 +68,8 @@ def simulate(
     engine = SimulatedEngine(plan, costs, layers, with_events)
     if earlier is not None:
         engine.remember(earlier)
+    if plan.predictor == "next-router":
+        trace, _ = completed(trace, costs.guess_accuracy)
     experts, guesses, replies = trace.experts.tolist(), trace.guesses.tolist(), trace.replies.tolist()
     starts_s = []
     for token, reply in enumerate(replies):
@@ -90,6 +94,7 @@ def _figures(engine: SimulatedEngine, costs: Costs, token_s: NDArray[np.float64]
     stall_s = np.array([layer.stall_s for layer in engine.layers])
     before_s = sum(layer.before_s for layer in costs.layers)
     stall_of_token_s = float(stall_s.sum()) / num_tokens
+    link_bytes = link.demand_bytes + link.prefetch_bytes
     breakdown = Breakdown(
         before_s=before_s,
         experts_s=float(token_s.mean()) - before_s - stall_of_token_s - costs.after_s,
@@ -99,7 +104,8 @@ def _figures(engine: SimulatedEngine, costs: Costs, token_s: NDArray[np.float64]
         hit_rate=float(shares[Outcome.HIT]),
         partial_hit_rate=float(shares[Outcome.PARTIAL]),
         miss_rate=float(shares[Outcome.MISS]),
-        link_bytes=(link.demand_bytes + link.prefetch_bytes) / num_tokens,
+        link_bytes=link_bytes / num_tokens,
+        wasted_s=link.busy_s / num_tokens * engine.wasted_bytes / max(1, link_bytes),
     )
     return Simulation(
         token_s, breakdown, outcomes, stall_s, link.demand_bytes, link.prefetch_bytes, engine.used_bytes,

@@ -7,6 +7,9 @@ Plans are made outside the engine's turn, since planning a large model takes par
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 
 from .budgets import Needs
 from .costs import Breakdown, Costs
@@ -25,7 +28,8 @@ _FIRST = 128  # tokens until the first plan that stands on statistics
 
 def costs_key(spec: ModelSpec, machine: MachineProfile, link_label: str) -> list[object]:
     """All that measured costs depend on."""
-    return [spec.fingerprint, spec.dtype, link_label, machine.device_name, machine.cpu_cores]
+    threads = torch.get_num_threads()  # that compute
+    return [spec.fingerprint, spec.dtype, link_label, machine.device_name, machine.cpu_cores, threads]
 
 
 class Steering:
@@ -41,6 +45,7 @@ class Steering:
     ) -> None:
         """`brought` is routing that came with the checkpoint; what was recorded here takes its place."""
         self.spec = spec
+        self._machine = machine
         self.needs = needs
         self.telemetry = telemetry
         self.memory = memory
@@ -51,6 +56,19 @@ class Steering:
         self._known_tokens = 0  # that it stands on
         self.drifts: tuple[Drift, ...] = ()  # of the last replies, from the costs in force
         self._costs_changed = False  # since the last plan
+
+    @property
+    def machine(self) -> MachineProfile:
+        """As it was when loading began, with what calibration measured of its link and its memory."""
+        if self.costs is None or self.costs.alone is None:
+            return self._machine
+        alone = self.costs.alone
+        return replace(
+            self._machine,
+            link_bytes_per_s=alone.bytes_per_s,
+            link_contended_bytes_per_s=self.costs.link_bytes_per_s,
+            host_memory_bytes_per_s=alone.host_bytes_per_s,
+        )
 
     def learn(self, costs: Costs) -> None:
         """From now on plans stand on `costs`."""

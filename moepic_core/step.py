@@ -1,6 +1,6 @@
 """One MoE layer of one pass: what the residency lacks is demanded at once, and computed in the order of readiness.
 
-The adapter opens a `Step` per layer and computes the pieces that it hands out: resident segments first, then each
+`hf.experts` opens a `Step` per layer and computes the pieces that it hands out: resident segments first, then each
 arriving one as its tickets complete. Slots, buffers, policies and counters are the residency's; the step knows which of
 them serve which expert, and gives all back whatever happens.
 """
@@ -71,6 +71,7 @@ class Step:
         self._arriving: list[_Part] = []
         self._waiting: deque[_Need] = deque()  # for a staging buffer
         self._counts = counts
+        self._waited = False
         self._start_s = time.perf_counter()
 
     def __enter__(self) -> Step:
@@ -109,6 +110,8 @@ class Step:
         if self._whole is not None:
             assert kind is not None or len(self._bounds_s) > len(self._whole), (len(self._bounds_s), len(self._whole))
             self._finish_whole()
+        if self._waited:
+            self.residency.loads.report_stalls(telemetry, token)
         telemetry.event(EventKind.STEP, self.layer, -1, Part.WHOLE, self._start_s, time.perf_counter(), 0, token)
 
     def _begin(self, counts: Mapping[int, int]) -> None:
@@ -160,7 +163,7 @@ class Step:
         if top_missing and residency.decode:
             need.slot = residency.room_for_top(self.layer, need.expert, self._protected)
             if need.slot is not None:
-                need.top_ticket = residency.load_top(self.layer, need.slot)
+                need.top_ticket = residency.loads.into_slot(self.layer, need.slot)
                 top_missing = False
         if need.slot is not None:
             self._queue(need, 0, () if need.top_ticket is None else (need.top_ticket,))
@@ -180,7 +183,7 @@ class Step:
         if need.staged is None:
             self._waiting.append(need)
             return
-        self.residency.load(need.staged, Priority.DEMAND, with_top)
+        self.residency.loads.into_staging(need.staged, Priority.DEMAND, with_top)
         self._queue_staged(need)
 
     def _queue_staged(self, need: _Need) -> None:
@@ -198,16 +201,16 @@ class Step:
             self._ready.append(_Part(need, start_row, tickets))
 
     def _next(self) -> _Part:
-        """The next piece whose data is here; waits (and counts a stall) only when nothing is."""
+        """The next piece whose data is here; waits only when nothing is. On CUDA it is the device that waits."""
         if self._ready:
             return self._ready.popleft()
         position = next((place for place, part in enumerate(self._arriving) if part.arrived()), 0)
         part = self._arriving[position]
-        start_s = time.perf_counter()
-        stalled_s = sum(ticket.wait(self.residency.cancelled) for ticket in part.tickets)
-        if stalled_s > 0:
-            telemetry, token = self.residency.telemetry, self.residency.token
-            telemetry.event(EventKind.STALL, self.layer, -1, Part.WHOLE, start_s, start_s + stalled_s, 0, token)
+        self._waited = True
+        for ticket in part.tickets:
+            ticket.wait(self.residency.cancelled)
+        if self.residency.precise:  # else computing would seem to begin while the device still waits
+            self.residency.transfer.fence().wait()
         del self._arriving[position]
         slot = part.need.slot
         if slot is not None and slot.state is SlotState.ARRIVING and part.start_row == 0:
@@ -284,9 +287,9 @@ class Step:
         del self.open[need.expert]
         fence = residency.transfer.fence()
         if need.slot is not None and need.slot.state is SlotState.ARRIVING:
-            assert need.top_ticket is not None
-            residency.transfer.cancel(need.top_ticket)
-            need.top_ticket.settle()
+            if need.top_ticket is not None:  # None: a link that has failed did not even take it
+                residency.transfer.cancel(need.top_ticket)
+                need.top_ticket.settle()
             self.cache.forget(need.slot)
         elif need.slot is not None:
             self.cache.release(need.slot, fence)

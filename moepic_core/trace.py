@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .routing import RoutingTrace
+from .routing import UNKNOWN, RoutingTrace
 
 
 class EventKind(IntEnum):
@@ -89,7 +89,7 @@ def decoded(trace: Trace, num_experts: Sequence[int], source: str, subjects: Map
     rows = rows[np.isin(rows["token"], tokens[sizes == len(num_experts)])]
     rows = rows[np.lexsort((rows["layer"], rows["token"]))].reshape(-1, len(num_experts))
     experts = np.where(rows["counts"] > 0, rows["experts"], np.int16(-1))
-    names = tuple(dict.fromkeys(subjects.values())) or ("unknown",)
+    names = tuple(dict.fromkeys(subjects.values())) or (UNKNOWN,)
     replies = rows["reply"][:, 0]
     numbers = [names.index(subjects[reply]) if reply in subjects else 0 for reply in replies.tolist()]
     return RoutingTrace(

@@ -1,8 +1,8 @@
 """A routing trace as the cost model reads it: what tokens find cached and guessed, at every number of slots.
 
 `cost_model.walk` and `split_search` read a `Workload`; it is made once for a trace, an eviction policy and a predictor
-and serves every plan. Where guesses or the whole trace are unknown, stated assumptions stand in for them. Knows no
-seconds and no bytes.
+and serves every plan. Where guesses are unknown `guesses` completes them, and for a model that has not run yet uniform
+routing is assumed. Knows no seconds and no bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .activation_matrices import ActivationMatrices
+from .guesses import Accuracies, completed
 from .hit_curves import Ranks, ranks
 from .routing import RoutingTrace
 from .spec import EvictionName, PredictorName
@@ -22,7 +23,6 @@ from .spec import EvictionName, PredictorName
 WARM_UP = 0.25  # of a trace, whose tokens find caches that are still filling
 SAMPLE = 12288  # tokens × layers of the rest that count; evenly spaced
 ASSUMED_TOKENS = 512
-ASSUMED_ACCURACY = 0.5
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int16]
@@ -94,18 +94,17 @@ class Replay:
 
     trace: RoutingTrace
     ranks: Ranks
-    assumed: str  # for people, what was made up; "" for nothing
+    guessing: str  # for people, how many guesses are right and how that is known; "" for none
 
 
-def replay(trace: RoutingTrace, eviction: EvictionName, predictor: PredictorName) -> Replay:
-    """One pass over `trace`, which has at least one token."""
-    assumed = ""
+def replay(trace: RoutingTrace, eviction: EvictionName, predictor: PredictorName, measured: Accuracies = ()) -> Replay:
+    """One pass over `trace`, which has at least one token; `measured` is the accuracy of guesses where it has none."""
+    guessing = ""
     if predictor == "activation-matrices":
         trace = replace(trace, guesses=_guesses_by_matrices(trace))
-    elif predictor == "next-router" and not (trace.guesses >= 0).any():
-        trace = replace(trace, guesses=_assumed_guesses(trace.experts, trace.num_experts))
-        assumed = f"assuming that {ASSUMED_ACCURACY:.0%} of guesses are right"
-    return Replay(trace, ranks(eviction, trace), assumed)
+    elif predictor == "next-router":
+        trace, guessing = completed(trace, measured)
+    return Replay(trace, ranks(eviction, trace), guessing)
 
 
 def assumed_trace(num_experts: Sequence[int], top_k: int) -> RoutingTrace:
@@ -171,22 +170,6 @@ def _skew(right: NDArray[np.bool_], made: NDArray[np.bool_]) -> Array:
     mean = np.divide(total, count, out=np.full_like(total, 0.5), where=count > 0)
     skew: Array = np.clip(3 - 6 * mean, 0, 1)[num_right]
     return skew
-
-
-def _assumed_guesses(experts: Counts, num_experts: Sequence[int]) -> Counts:
-    """For each used expert a guess: itself, with ASSUMED_ACCURACY, or any expert that the token does not use."""
-    generator = np.random.default_rng(0)
-    guesses = np.empty_like(experts)
-    for layer, count in enumerate(num_experts):
-        used = experts[:, layer]
-        order = generator.random((len(used), count)).argsort(axis=1)
-        is_used = (order[:, :, None] == used[:, None, :]).any(axis=2)
-        others = np.take_along_axis(order, is_used.argsort(axis=1, kind="stable"), 1)[:, : used.shape[1]]
-        others = np.where(np.arange(others.shape[1]) < count - (used >= 0).sum(axis=1, keepdims=True), others, -1)
-        others = np.pad(others, ((0, 0), (0, used.shape[1] - others.shape[1])), constant_values=-1)
-        right = generator.random(used.shape) < ASSUMED_ACCURACY
-        guesses[:, layer] = np.where(used < 0, -1, np.where(right, used, others))
-    return guesses
 
 
 def _guesses_by_matrices(trace: RoutingTrace) -> Counts:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read by torch when it is first imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as launch.py and the command line do
 # Read by huggingface_hub when it is first imported; tests that need a cache or a hub make their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "moepic-tests-have-no-hub-cache")

@@ -38,6 +38,13 @@ class FakeStream:
             action()
 
 
+class LockstepStream(FakeStream):
+    """The compute stream of code that really computes on the host: what the stream waits for, the host waits for."""
+
+    def wait_event(self, event: FakeEvent) -> None:
+        assert event.fired.wait(_PATIENCE_S), "compute waits for a copy that nobody has put on a stream"
+
+
 class FakeEvent:
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.fired = threading.Event()
@@ -63,12 +70,14 @@ class FakeEvent:
 
 
 class FakeCuda:
-    def __init__(self, bytes_per_s: float) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, bytes_per_s: float, lockstep: bool) -> None:
+        self._patch = patch
         self.bytes_per_s = bytes_per_s
         self.pinned = True
         self.copies_to_fail = 0.0
         self.streams: list[FakeStream] = []
-        self.compute = self.stream()
+        self.compute = LockstepStream() if lockstep else FakeStream()
+        self.streams.append(self.compute)
         self._current = threading.local()
         self._engine = threading.Lock()
         self._real_copy = torch.Tensor.copy_
@@ -100,15 +109,25 @@ class FakeCuda:
             time.sleep(source.numel() / self.bytes_per_s)
             self._real_copy(destination, source)
 
+    def lose(self) -> None:
+        """From now on the device answers every question with an error, as CUDA does after a fault."""
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
+
+        for name in ("record", "query", "synchronize", "elapsed_time"):
+            self._patch.setattr(FakeEvent, name, fail)
+        self._patch.setattr(FakeStream, "wait_event", fail)
+
     def stop(self) -> None:
         for stream in self.streams:
             stream.work.put(None)
             stream.thread.join()
 
 
-def install(patch: pytest.MonkeyPatch, bytes_per_s: float = math.inf) -> FakeCuda:
-    """Patch torch; the caller stops what this returns."""
-    fake = FakeCuda(bytes_per_s)
+def install(patch: pytest.MonkeyPatch, bytes_per_s: float = math.inf, lockstep: bool = False) -> FakeCuda:
+    """Patch torch; the caller stops what this returns. `lockstep` is for tests that compute with what has arrived."""
+    fake = FakeCuda(patch, bytes_per_s, lockstep)
     patch.setattr(torch.cuda, "Stream", fake.stream)
     patch.setattr(torch.cuda, "Event", FakeEvent)
     patch.setattr(torch.cuda, "current_stream", fake.current_stream)

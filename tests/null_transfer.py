@@ -21,6 +21,7 @@ from moepic_core.transfer.base import (
     MemorySource,
     Priority,
     Source,
+    StallEvent,
     Ticket,
     TransferCounters,
     TransferEvent,
@@ -44,7 +45,7 @@ class NullTicket(Entry):
                 raise Cancelled("stopped while waiting for a transfer")
             self.transfer.move_for(self)
         self.raise_error()
-        self.transfer.ledger.stalled_s += self.transfer.now_s - start_s
+        self.transfer.ledger.stall(self, start_s, self.transfer.now_s)
         return self.transfer.now_s - start_s
 
     def settle(self) -> None:
@@ -107,6 +108,9 @@ class NullTransfer:
 
     def drain_events(self) -> list[TransferEvent]:
         return self.ledger.drain_events()
+
+    def drain_stalls(self) -> list[StallEvent]:
+        return self.ledger.drain_stalls()
 
     def counters(self) -> TransferCounters:
         return self.ledger.counters()

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 from fastapi.routing import APIRoute
+from gradio.queueing import Queue
 from starlette.testclient import TestClient
 
 from app.guard import HEADERS
-from app.main import build_app
+from app.main import PROGRESS_LOOK_S, QUEUE_LOOK_S, build_app
 from app.state import State
 from moepic_core.spec import Settings
 
@@ -146,3 +147,13 @@ def test_no_function_of_the_page_has_a_name_for_programs(client: TestClient) -> 
     dependencies = client.get("/config").json()["dependencies"]
     assert len(dependencies) > 10
     assert {each["api_visibility"] for each in dependencies} == {"private"}
+
+
+def test_gradio_s_queue_leaves_the_interpreter_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Queue] = []
+    monkeypatch.setattr(Queue, "start", lambda queue: started.append(queue))
+    with TestClient(build_app(State(Settings.create(checkpoint="none"))), ADDRESS):
+        pass
+    assert {(queue.sleep_when_free, queue.progress_update_sleep_when_free) for queue in started} == {
+        (QUEUE_LOOK_S, PROGRESS_LOOK_S)
+    }

@@ -54,6 +54,8 @@ def test_other_errors_are_not_taken_for_full_memory(monkeypatch: pytest.MonkeyPa
         arena.allocate("cache", 1)
     assert arena.used_bytes == 0
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not is_out_of_memory(ValueError("CUDA"))
 
 
@@ -63,6 +65,7 @@ def test_what_was_freed_on_a_cuda_device_goes_back_once(
 ) -> None:
     given_back: list[int] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(arena.used_bytes))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr("moepic_core.arena._allocate", lambda nbytes, device: torch.empty(nbytes, dtype=torch.uint8))
     arena = Arena(torch.device(device), 10_000)
     buffer = arena.allocate("cache", 4096)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from moepic_core import cli
 from moepic_core.calibration import calibrate
 from moepic_core.engine import Engine
 from moepic_core.errors import Cancelled
@@ -40,6 +42,7 @@ def greedy(engine: Engine) -> tuple[int, ...]:
 
 
 def test_calibration_measures_and_leaves_no_trace(engine: Engine, tmp_path: Path) -> None:
+    assert engine.machine.link_bytes_per_s is engine.machine.host_memory_bytes_per_s is None
     before = greedy(engine)
     snapshot = engine.snapshot()
     shares: list[float] = []
@@ -48,6 +51,13 @@ def test_calibration_measures_and_leaves_no_trace(engine: Engine, tmp_path: Path
     assert len(costs.layers) == len(engine.spec.moe_layers)
     assert all(layer.before_s > 0 and layer.row_s >= 0 and layer.segment_s >= 0 for layer in costs.layers)
     assert costs.after_s > 0 and costs.source == "measured"
+    top_k = engine.spec.top_k
+    assert [len(ranks) for ranks in costs.guess_accuracy] == [top_k] * len(costs.layers)
+    assert all(0 < share < 1 for ranks in costs.guess_accuracy for share in ranks)
+    machine = engine.machine
+    assert machine.link_contended_bytes_per_s == costs.link_bytes_per_s
+    assert machine.link_bytes_per_s is not None and machine.link_bytes_per_s < 1.25 * 50e6
+    assert machine.host_memory_bytes_per_s is not None and machine.host_memory_bytes_per_s > 50e6
     expert_bytes = engine.spec.moe_layers[0].expert_bytes
     expert_s = costs.link_latency_s + expert_bytes / costs.link_bytes_per_s
     assert expert_s > 0.9 * expert_bytes / 50e6  # never sooner than over the emulated link; later on a busy machine
@@ -60,7 +70,9 @@ def test_calibration_measures_and_leaves_no_trace(engine: Engine, tmp_path: Path
     assert engine.steering.costs == costs
 
 
-def test_what_was_measured_is_known_at_the_next_start(engine: Engine, tmp_path: Path) -> None:
+def test_what_was_measured_is_known_at_the_next_start(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     costs = calibrate(engine)
     greedy(engine)
     greedy(engine)
@@ -71,7 +83,26 @@ def test_what_was_measured_is_known_at_the_next_start(engine: Engine, tmp_path: 
         assert again.steering.costs == costs
         assert again.steering.earlier is not None and again.steering.earlier.num_tokens >= 32
         assert sum(map(sum, again.residency.where())) > 0  # the cache is warm before the first token
+        assert costs.alone is not None and again.machine.link_bytes_per_s == costs.alone.bytes_per_s
         again.check()
+    monkeypatch.setenv("MOEPIC_HOME", str(tmp_path))
+    options = ("--device", "cpu", "--link", settings.link, "--vram", settings.vram, "--context-length", "96")
+    assert cli.main(["plan", settings.checkpoint, *map(str, options)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^measured: link .*/s alone, .* of guesses right$", said, re.MULTILINE), said
+    assert re.search(r"over the link in .* are hidden and .* spent on wrong guesses", said), said
+
+
+def test_a_session_without_guesses_plans_by_those_of_calibration(engine: Engine) -> None:
+    """Where everything is resident, or prefetch is off, nobody guesses; the next plan may want to prefetch."""
+    calibrate(engine)
+    engine.reconfigure(vram=engine.needs.everything, prefetch="off")
+    for _ in range(4):
+        greedy(engine)
+    trace = engine.steering.trace()
+    assert trace is not None and not (trace.guesses >= 0).any()
+    plan = engine.reconfigure(vram="50% of experts", prefetch="on")
+    assert plan.prefetch_depth > 0 and "of guesses right (measured at calibration)" in plan.reason, plan.reason
 
 
 def test_a_new_plan_is_due_when_what_is_known_has_doubled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

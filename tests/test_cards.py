@@ -146,7 +146,7 @@ def test_reserved_memory_ends_the_slider() -> None:
 
 
 def cost(stall_s: float) -> Breakdown:
-    return Breakdown(0.01, 0.02, stall_s, 0.005, 0.1, 0.5, 0.3, 0.2, 5e6)
+    return Breakdown(0.01, 0.02, stall_s, 0.005, 0.1, 0.5, 0.3, 0.2, 5e6, 0.01)
 
 
 def test_the_forecast_lies_between_the_budgets_that_were_planned() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -323,6 +324,17 @@ def test_help_needs_no_heavy_import() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("given", [None, "max_split_size_mb:64"])
+def test_a_gpus_memory_is_cut_to_size_unless_the_user_has_other_ideas(
+    given: str | None, moepic: Moepic, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", given or "")
+    if given is None:
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    assert moepic("inspect", folder).code == 0
+    assert os.environ["PYTORCH_ALLOC_CONF"] == (given or "expandable_segments:True")
 
 
 def test_the_program_itself(folder: Path) -> None:

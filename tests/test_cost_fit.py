@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from moepic_core.trace import EVENT, Coverage, EventKind, Part, TracePhase
 
 BEFORE, STEP, GUESS, SEGMENT, ROW, AFTER = 1e-3, 2e-4, 5e-5, 3e-5, 1e-6, 4e-3
 NEURONS = 100
-LINK = LinkSpeed(bytes_per_s=1e9, latency_s=1e-5, copy_s_per_byte=1e-10)
+LINK = LinkSpeed(bytes_per_s=1e9, latency_s=1e-5, copy_s_per_byte=1e-10, host_bytes_per_s=1e10)
 
 
 def run(top_rows: int, guessing: bool, layers: int = 3, tokens: int = 6, stall: float = 0.0, moved: int = 0) -> Run:
@@ -58,6 +60,13 @@ def test_known_costs_come_back() -> None:
     assert costs.after_s == pytest.approx(AFTER, rel=1e-6)
     assert (costs.link_bytes_per_s, costs.link_latency_s, costs.chunk_bytes) == (1e9, 1e-5, 4096)
     assert costs.source == "measured"
+
+
+def test_scores_of_all_runs_count_together() -> None:
+    first, second = np.array([[[3, 0]], [[4, 0]]]), np.array([[[1, 0]], [[4, 2]]])
+    runs = [run(30, False), *(dataclasses.replace(run(30, True), scores=scores) for scores in (first, second))]
+    assert fit_costs(runs, [NEURONS] * 3, 4096, LINK).guess_accuracy == ((5 / 10, 1 / 4),)
+    assert fit_costs(runs[:1], [NEURONS] * 3, 4096, LINK).guess_accuracy == ()
 
 
 def test_the_link_s_rate_is_what_it_reached_beside_compute() -> None:

@@ -251,6 +251,8 @@ def test_tokens_take_as_long_as_in_the_simulator(ratio: float, prefetch: str, sp
         truth = simulate(trace, plan, costs, layers, warm_up=60).breakdown
         assert predicted.total_s == pytest.approx(truth.total_s, rel=0.04), (share, predicted, truth)
         assert predicted.link_bytes == pytest.approx(truth.link_bytes, rel=0.06)
+        assert predicted.wasted_s == pytest.approx(truth.wasted_s, rel=0.25, abs=0.01 * truth.link_s)
+        assert predicted.covered_s == pytest.approx(truth.covered_s, rel=0.1, abs=0.05 * truth.link_s)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])

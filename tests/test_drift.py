@@ -53,7 +53,7 @@ def reply(tokens: int, compute: float, link: float, number: int = 1) -> np.ndarr
 
 
 def plan_predicting(seconds: float | None) -> Plan:
-    predicted = None if seconds is None else Breakdown(0.0, seconds, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    predicted = None if seconds is None else Breakdown(0.0, seconds, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     share = LayerPlan(3, TOP_ROWS, TOP_ROWS / LAYER.neurons)
     memory = MemoryPlan(0, 0, 0, 0, 0, 0)
     return Plan((share,) * NUM_LAYERS, 4, "lru", "next-router", 2, "fetch", memory, "moepic", "", predicted=predicted)

@@ -13,8 +13,9 @@ from test_live import LAYERS, PLAN, served
 from test_metrics import NUM_EXPERTS, NUM_LAYERS
 
 from app import explore
+from app.elsewhere import elsewhere
 from app.explore import Budgets
-from app.explorer import VIEWS, Explorer, elsewhere
+from app.explorer import VIEWS, Explorer
 from app.state import State
 from moepic_core.budgets import Needs
 from moepic_core.costs import Costs, LayerCosts
@@ -163,7 +164,7 @@ def test_nothing_beats_belady(trace: RoutingTrace) -> None:
     figure = explore.sizes_figure(curves, best, PLAN.layers, trace)
     assert [line["name"] for line in figure["data"]][-1].startswith("Belady")
     assert figure["layout"]["shapes"][0]["x0"] == pytest.approx(100 * 9 / 21)
-    assert f"{trace.num_tokens} recorded tokens (recorded)" in figure["note"]
+    assert f"{trace.num_tokens} tokens made on this machine" in figure["note"]
     assert explore.newest(trace.last(70)).num_tokens == 70
 
 

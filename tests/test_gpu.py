@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moepic_core.arena import Arena
 from moepic_core.engine import Engine
 from moepic_core.events import Done, TokenMade
 from moepic_core.hf.text import Sampling
 from moepic_core.spec import STRATEGIES, Settings
+from moepic_core.transfer.pinning import Pinned
 
 pytestmark = pytest.mark.gpu
+MIB = 1 << 20
 PROMPT = [3 + (29 * place + place * place) % 300 for place in range(20)]
 
 
@@ -69,18 +73,63 @@ def test_a_budget_that_moves_mid_generation(checkpoints: Callable[..., Path]) ->
     assert tuple(made) == expected.token_ids
 
 
+def reply(engine: Engine, max_new_tokens: int = 40) -> tuple[int, ...]:
+    engine.hf.forget()
+    done = list(engine.generate(PROMPT, Sampling(max_new_tokens=max_new_tokens, ignore_eos=True)))[-1]
+    assert isinstance(done, Done)
+    return done.token_ids
+
+
 def test_device_memory_stays_under_the_budget(checkpoints: Callable[..., Path]) -> None:
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with load(checkpoints("olmoe")) as engine:
-        list(engine.generate(PROMPT, Sampling(max_new_tokens=40, ignore_eos=True)))
-        assert torch.cuda.max_memory_allocated() - before <= engine.plan.memory.budget
+        reply(engine)
+        assert engine.peak_device_bytes - before <= engine.plan.memory.budget
         assert engine.link.kind == "bus"
+
+
+@pytest.mark.skipif(
+    "expandable_segments:True" not in os.environ["PYTORCH_ALLOC_CONF"], reason="torch was told otherwise"
+)
+def test_slots_of_any_size_take_what_is_accounted_and_give_it_back() -> None:
+    torch.cuda.empty_cache()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    arena = Arena(torch.device("cuda"), 1 << 30)
+    for nbytes in (7 * MIB, 11 * MIB // 2, 9 * MIB + 4096):
+        slots = [arena.allocate("cache", nbytes) for _ in range(50)]
+        assert torch.cuda.memory_allocated() - allocated == arena.used_bytes == 50 * nbytes
+        assert torch.cuda.memory_reserved() - reserved <= arena.used_bytes + 20 * MIB
+        while slots:
+            arena.free("cache", slots.pop())
+        arena.trim()
+    assert torch.cuda.memory_reserved() - reserved <= 20 * MIB
 
 
 def test_expert_memory_is_page_locked(checkpoints: Callable[..., Path]) -> None:
     with load(checkpoints("olmoe")) as engine:
         assert not engine.notices
-        list(engine.generate(PROMPT, Sampling(max_new_tokens=8, ignore_eos=True)))
+        reply(engine, 8)
         assert engine.residency.transfer.counters().unpinned_bytes == 0
+
+
+def test_pageable_memory_serves_too_and_says_so(
+    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(checkpoints("olmoe"), split=0.5) as engine:
+        expected = reply(engine)
+    monkeypatch.setattr("moepic_core.host_store.pin", lambda records: Pinned(records, "the test is against it"))
+    with load(checkpoints("olmoe"), split=0.5) as engine:
+        engine.reconfigure(vram=engine.needs.smallest)
+        assert reply(engine) == expected
+        assert any("page-locked (the test is against it)" in notice for notice in engine.notices)
+        assert engine.residency.transfer.counters().unpinned_bytes > 0
+
+
+def test_stalls_are_those_of_the_device(checkpoints: Callable[..., Path]) -> None:
+    with load(checkpoints("qwen3_moe"), strategy="on-demand") as engine:
+        before_s = engine.residency.transfer.counters().stalled_s
+        reply(engine)
+        stalled_s = engine.residency.transfer.counters().stalled_s - before_s
+        assert stalled_s > 0
+        assert engine.snapshot().session.both.total.stall_s == pytest.approx(stalled_s)

@@ -20,14 +20,15 @@ CORE = ROOT / "moepic_core"
 LAYERS = {
     "words": "errors units costs spec links events",
     "thought": "geometry routing eviction hit_curves eviction_choice activation_matrices predictor trace metrics "
-    "telemetry cost_fit drift workload cost_model split_search allocation shares budgets uniform frontier "
+    "telemetry guesses cost_fit drift workload cost_model split_search allocation shares budgets uniform frontier "
     "planner needs simulated_link simulated_layer simulated_engine simulator presets synthetic verdict "
     "ablation",
     "bytes": "folders safetensors_header shards model_config checkpoint lazy_tensors finder packing expert_math "
     "trace_file extras memory",
-    "places": "transfer.base transfer.clocks transfer.ledger transfer.pinning transfer.thread transfer.cuda "
+    "places": "transfer.base transfer.clocks transfer.ledger transfer.backend transfer.pinning transfer.thread "
+    "transfer.device_queue transfer.cuda "
     "arena host_store device_cache staging calibrate",
-    "joint": "residency step link_probe hf.loading hf.model hf.text hf.experts hf.probe steering turn assembly",
+    "joint": "loads residency step link_probe hf.loading hf.model hf.text hf.experts hf.probe steering turn assembly",
     "whole": "governor passes replies engine measuring calibration comparison",
     "door": "commands.options commands.answers commands.inspect commands.generate commands.bench commands.plan "
     "commands.simulate cli __main__",
@@ -44,7 +45,8 @@ PRIVILEGES = {
     "ctypes": ("transfer.",),
     "threading": ("transfer.", "turn", "telemetry", "finder"),  # the last three for one lock each
     "argparse": ("cli", "commands."),
-    **dict.fromkeys(("asyncio", "concurrent", "multiprocessing", "queue", "subprocess", "socket"), ()),
+    "concurrent": ("lazy_tensors",),  # two readers of one large tensor
+    **dict.fromkeys(("asyncio", "multiprocessing", "queue", "subprocess", "socket"), ()),
     **dict.fromkeys(("app", "launch", "gradio", "plotly"), ()),
 }
 IMPURE = {"torch", "time", "datetime", "random", "os", "io", "pathlib", "shutil", "tempfile"}

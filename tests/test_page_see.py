@@ -159,9 +159,9 @@ def test_session_and_order_can_be_chosen(page: Page) -> None:
     heat, before = page.locator("[data-c=heat]"), page.locator("[data-c=heat]").evaluate("canvas => canvas.toDataURL()")
     page.get_by_role("button", name="by number").click()
     expect(page.get_by_role("button", name="by number")).to_have_attribute("aria-pressed", "true")
-    expect(page.get_by_role("button", name="most used first")).to_have_attribute("aria-pressed", "false")
+    expect(page.get_by_role("button", name="by use")).to_have_attribute("aria-pressed", "false")
     assert heat.evaluate("canvas => canvas.toDataURL()") != before
-    page.get_by_role("button", name="most used first").click()
+    page.get_by_role("button", name="by use").click()
     page.get_by_role("button", name="session").click()
     expect(page.locator("[data-c=layers]")).to_have_attribute("aria-label", re.compile("^Per layer, session: "))
     page.get_by_role("button", name="last reply").click()
@@ -251,9 +251,13 @@ def drawn(page: Page, name: str) -> None:
 
 
 def test_an_idle_page_lets_the_browser_rest(page: Page) -> None:
-    before = page.evaluate("numFrames")
-    page.wait_for_timeout(500)
-    assert page.evaluate("numFrames") - before < 10  # of 30 that the screen shows meanwhile
+    """As soon as what the tests before have moved has come to rest; something that never rests never lets it."""
+    found = []
+    while len(found) < 20 and (not found or found[-1] >= 10):  # of 30 that the screen shows meanwhile
+        before = page.evaluate("numFrames")
+        page.wait_for_timeout(500)
+        found.append(page.evaluate("numFrames") - before)
+    assert found[-1] < 10, found
 
 
 def test_what_nobody_sees_is_not_asked_for(page: Page) -> None:

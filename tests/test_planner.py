@@ -19,8 +19,8 @@ from moepic_core.spec import Plan, Settings
 from moepic_core.uniform import uniform_plan
 
 SETTINGS = Settings(checkpoint="x")
-RESOLUTION = 0.03  # of a token's time: how far a plan may be beside the best one for its link
-ALIKE = 3  # times faster: links that differ less are within the planner's resolution
+RESOLUTION = 0.05  # of a token's time: how far a plan may be beside the best one for its link (docs/RESULTS.md)
+ALIKE = 2  # times faster: links that differ less are within the planner's resolution
 
 toys = st.builds(Toy, st.integers(0, 10**6))
 budget_shares = st.lists(st.floats(0, 1.1), min_size=2, max_size=12)
@@ -132,7 +132,7 @@ def test_without_recorded_routing_whole_experts_are_preferred() -> None:
         found = [Outlook(wish, toy.needs, toy.costs, None, max(budgets)).plans(budgets) for wish in wishes]
         for plan, whole, half in zip(*found, strict=True):
             assert plan.predicted is not None and whole.predicted is not None and half.predicted is not None
-            assert plan.reason.endswith("assumed: uniform routing; assuming that 50% of guesses are right")
+            assert plan.reason.endswith("assumed: uniform routing; 50% of guesses right (assumed)")
             kinds.add(plan.reason.split("(")[1].split(")")[0])
             assert plan.layers == whole.layers and plan.predicted == whole.predicted
             assert whole.predicted.total_s <= 1.1 * half.predicted.total_s + 1e-12

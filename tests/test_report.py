@@ -18,6 +18,7 @@ from app.explore_routes import import_settings, plotly_js
 from app.loader import Present
 from app.nouns import Loaded
 from app.report import report
+from app.sensors import Sample
 from app.share import Recorded, read_settings, settings_json
 from app.state import State
 from moepic_core.errors import BadSettings, MoepicError
@@ -54,9 +55,25 @@ def test_the_trace_says_what_it_is_and_no_folder_of_ours() -> None:
             assert told == {name: again[name] for name in told}
 
 
-def test_nothing_is_shared_of_no_model() -> None:
+def test_nothing_is_shared_of_no_model_or_of_a_comparison() -> None:
+    state = State(PRESENT)
     with pytest.raises(BadSettings, match="nothing to share"):
-        share.recorded(State(PRESENT))
+        share.recorded(state)
+    state.comparing = True
+    with pytest.raises(BadSettings, match="being compared"):
+        share.recorded(state)
+
+
+def test_sensors_are_shared_too() -> None:
+    sample = Sample(gpu_name="Card <12>", gpu_use=0.45, power_w=181.0, cpu_use=0.5)
+    known = recorded()._replace(sample=sample)
+    shared = json.loads(share.about_json(known))["hardware"]
+    assert Sample(**shared) == sample
+    page = report(known, {}, None, "", "now")
+    told = {"GPU": "Card &lt;12&gt;", "GPU use": "45 %", "Power": "181 W", "PCIe in": "not available"}
+    for name, text in told.items():
+        assert f"<td>{name}</td><td>{text}</td>" in page
+    assert json.loads(share.about_json(recorded()))["hardware"] is None
 
 
 # ---- report ----

@@ -265,6 +265,7 @@ def test_a_buffer_serves_again_once_its_last_chunk_has_landed_by_hand() -> None:
 
 def test_a_prefetched_top_is_admitted_at_the_price_of_a_copy_by_hand() -> None:
     trace = routing([[[1, -1], [2, -1]], [[1, -1], [2, -1]]], [[[-1, -1], [2, -1]]] * 2)
+    trace = replace(trace, replies=np.array([1, 2], np.int32))  # so nobody guesses for layer 0
     result = run_small(trace, plan(0.4, 1, predictor="next-router"))
     # Layer 0 misses, then hits partly: 10 + 2 + 4.625 + 1, where the guess hides 2 of 6 seconds; layer 1 hits: both
     # segments, and 1 s to copy the top when it is admitted; the next token finds it and needs the bottom alone.

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,10 @@ def test_data_arrive_intact(link: Link, num_chunks: float) -> None:
 def test_a_demand_overtakes_a_guess(link: Link) -> None:
     transfer = link.make(slow=True)
     guess_data, need_data = data_of(100 * link.chunk_bytes), data_of(2 * link.chunk_bytes, 1)
-    guess = transfer.submit(link.source(guess_data), guess_buffer := link.buffer(guess_data.numel()), PREFETCH, "guess")
-    need = transfer.submit(link.source(need_data), need_buffer := link.buffer(need_data.numel()), DEMAND, "need")
+    guess_source, need_source = link.source(guess_data), link.source(need_data)  # a device is not held up by pinning
+    guess_buffer, need_buffer = link.buffer(guess_data.numel()), link.buffer(need_data.numel())
+    guess = transfer.submit(guess_source, guess_buffer, PREFETCH, "guess")
+    need = transfer.submit(need_source, need_buffer, DEMAND, "need")
     need.wait()
     assert torch.equal(link.read(need_buffer), need_data)
     events = sorted(events_of(transfer, guess, need), key=lambda event: event.start_s)
@@ -100,8 +103,8 @@ def test_a_demand_overtakes_a_guess(link: Link) -> None:
 def test_first_in_first_out(link: Link, priority: Priority) -> None:
     transfer = link.make(slow=True)
     data = data_of(4 * link.chunk_bytes)
-    source = link.source(data)
-    tickets = [transfer.submit(source, link.buffer(data.numel()), priority, number) for number in range(6)]
+    source, buffers = link.source(data), [link.buffer(data.numel()) for _ in range(6)]
+    tickets = [transfer.submit(source, buffer, priority, number) for number, buffer in enumerate(buffers)]
     assert order_of(events_of(transfer, *tickets)) == list(range(6))
 
 
@@ -109,11 +112,12 @@ def test_first_in_first_out(link: Link, priority: Priority) -> None:
 def test_a_promoted_guess_goes_before_other_guesses_and_after_earlier_demands(link: Link) -> None:
     transfer = link.make(slow=True)
     data = data_of(24 * link.chunk_bytes)
-    source = link.source(data)
+    source, buffers = link.source(data), [link.buffer(data.numel()) for _ in range(4)]
     first, late, promoted = (
-        transfer.submit(source, link.buffer(data.numel()), PREFETCH, tag) for tag in ("first", "late", "promoted")
+        transfer.submit(source, buffer, PREFETCH, tag)
+        for tag, buffer in zip(("first", "late", "promoted"), buffers[:3], strict=True)
     )
-    need = transfer.submit(source, link.buffer(data.numel()), DEMAND, "need")
+    need = transfer.submit(source, buffers[3], DEMAND, "need")
     transfer.promote(promoted)
     assert promoted.priority is DEMAND
     transfer.check()
@@ -227,14 +231,21 @@ def test_close_wakes_a_waiting_thread(link: Link) -> None:
 def test_a_stop_is_noticed_within_50_ms(link: Link) -> None:
     transfer = link.make(slow=True)
     data = data_of(256 * link.chunk_bytes)  # a quarter of a second
-    ticket = transfer.submit(link.source(data), link.buffer(data.numel()), PREFETCH)
-    stop = threading.Event()
-    threading.Timer(0.03, stop.set).start()
-    start_s = time.perf_counter()
-    with pytest.raises(Cancelled):
-        ticket.wait(stop.is_set)
-    assert 0.02 < time.perf_counter() - start_s < 0.03 + 0.05 + 0.1  # the last for a busy machine
-    assert not ticket.done, "a stop ends the wait, not the ticket"
+    source, buffer = link.source(data), link.buffer(data.numel())
+    noticed_s: list[float] = []
+    while len(noticed_s) < 10 and min(noticed_s, default=1) > 0.05:  # a busy machine
+        stop = threading.Event()
+        ticket = transfer.submit(source, buffer, PREFETCH)
+        start_s = time.perf_counter()
+        threading.Timer(0.03, stop.set).start()
+        with suppress(Cancelled):
+            ticket.wait(stop.is_set)
+        noticed_s.append(time.perf_counter() - start_s - 0.03)
+        done = ticket.done  # a stop ends the wait, not the ticket
+        transfer.cancel(ticket)
+        ticket.settle()
+    assert 0 < noticed_s[-1] < 0.05, noticed_s
+    assert not done
 
 
 @only("emulated", "direct", "cuda-simulated", "cuda-simulated-pageable")
@@ -243,7 +254,7 @@ def test_stalled_seconds_are_counted(link: Link) -> None:
     data = data_of(32 * link.chunk_bytes)
     source, buffer = link.source(data), link.buffer(data.numel())
     start_s = time.perf_counter()
-    ticket = transfer.submit(source, buffer, DEMAND)
+    ticket = transfer.submit(source, buffer, DEMAND, "need")
     submitted_s = time.perf_counter()
     ticket.wait()
     link.read(buffer)
@@ -252,6 +263,9 @@ def test_stalled_seconds_are_counted(link: Link) -> None:
     nominal_s = data.numel() / SLOW_BYTES_PER_S
     counters = transfer.counters()
     assert nominal_s - (submitted_s - start_s) - 0.01 < counters.stalled_s <= passed_s
+    (stall,) = transfer.drain_stalls()
+    assert (stall.tag, stall.end_s - stall.start_s) == ("need", pytest.approx(counters.stalled_s))
+    assert transfer.drain_stalls() == []
     assert 0.999 * nominal_s <= counters.busy_s <= passed_s
 
 

@@ -77,24 +77,14 @@ def test_without_guesses_hits_stay() -> None:
         assert not after.guessed_hits.any() and not after.wrong_hits.any() and not after.right.any()
 
 
-def test_unknown_guesses_are_half_right() -> None:
-    trace = dataclasses.replace(toy_trace(5, 400, 2, 8, 3), guesses=np.full((400, 2, 3), -1, np.int16))
-    known = replay(trace, "lru", "next-router")
-    assert known.assumed == "assuming that 50% of guesses are right"
-    right = (known.trace.guesses[..., :, None] == trace.experts[..., None, :]).any(axis=3)
-    assert right.mean() == pytest.approx(0.5, abs=0.03)
-    ordered = np.sort(known.trace.guesses, axis=2)
-    assert (ordered[..., 1:] > ordered[..., :-1]).all(), "an expert is guessed twice"
-    assert replay(trace, "lru", "none").assumed == ""
+def test_guesses_are_completed_and_counted_for_people() -> None:
+    """What the guesses are is `guesses`' business."""
+    nothing = np.full_like(TRACE.guesses, -1)
+    known = replay(dataclasses.replace(TRACE, guesses=nothing), "lru", "next-router", ((0.9,), (0.9,)))
+    assert known.guessing == "90% of guesses right (measured at calibration)"
+    assert known.ranks.guesses.shape == known.trace.guesses.shape == TRACE.guesses.shape
+    assert replay(dataclasses.replace(TRACE, guesses=nothing), "lru", "none").guessing == ""
     assert replay(TRACE, "lru", "next-router").trace is TRACE
-
-
-def test_where_all_experts_are_used_wrong_guesses_run_out() -> None:
-    experts = np.tile(np.arange(3, dtype=np.int16), (50, 1, 1))
-    known = replay(trace_of(experts, np.full_like(experts, -1), 4), "lru", "next-router")
-    for token in known.trace.guesses[:, 0].tolist():
-        made = [guess for guess in token if guess >= 0]
-        assert len(made) == len(set(made)) and all(guess < 4 for guess in made)
 
 
 def test_matrices_guess_what_they_would_have_ranked() -> None:

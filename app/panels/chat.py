@@ -66,72 +66,80 @@ def build() -> Chat:
     return Chat(history, message)
 
 
-def wire(chat: Chat, open_: gr.HTML, answers: Answers, page: gr.Blocks, refresh: gr.Button, talk: Talk) -> None:
-    stop = gr.State(None)  # threading.Event | None: of the answer that this tab waits for
-    window = [chat.history, open_]
-    inputs = [open_, *answers.inputs]
+@dataclass(frozen=True)
+class Handlers:
+    """What the chat's events do: views of `talk` as Gradio takes them."""
 
-    def send(text: str, open_: str, *values: Any) -> tuple[Any, ...]:
-        return talk.send(text, open_, answers_panel.settings(*values))
+    talk: Talk
+    answers: Answers
 
-    def send_example(open_: str, event: gr.SelectData, *values: Any) -> tuple[Any, ...]:
-        return talk.send(str(event.value["text"]), open_, answers_panel.settings(*values))[1:]
+    def send(self, text: str, open_: str, *values: Any) -> tuple[Any, ...]:
+        return self.talk.send(text, open_, answers_panel.settings(*values))
 
-    def edit(open_: str, event: gr.EditData) -> View:
+    def send_example(self, open_: str, event: gr.SelectData, *values: Any) -> tuple[Any, ...]:
+        return self.talk.send(str(event.value["text"]), open_, answers_panel.settings(*values))[1:]
+
+    def edit(self, open_: str, event: gr.EditData) -> View:
         index = event.index[0] if isinstance(event.index, list | tuple) else event.index
-        return talk.edit(open_, index, str(event.value))
+        return self.talk.edit(open_, index, str(event.value))
 
-    def answer(stop: threading.Event, open_: str, *values: Any) -> Iterator[list[Any]]:
-        for window, beside in talk.answer(open_, answers_panel.settings(*values), stop):
+    def answer(self, stop: threading.Event, open_: str, *values: Any) -> Iterator[list[Any]]:
+        for window, beside in self.talk.answer(open_, answers_panel.settings(*values), stop):
             yield [window, gr.skip() if beside is None else beside]
 
-    def go_on(stop: threading.Event, open_: str, *values: Any) -> Iterator[list[Any]]:
-        for window, beside in talk.go_on(open_, answers_panel.settings(*values), stop):
+    def go_on(self, stop: threading.Event, open_: str, *values: Any) -> Iterator[list[Any]]:
+        for window, beside in self.talk.go_on(open_, answers_panel.settings(*values), stop):
             yield [window, gr.skip() if beside is None else beside]
 
-    def choose(event: gr.EventData) -> list[Any]:
+    def choose(self, event: gr.EventData) -> list[Any]:
         """The panel beside wants another conversation, branch or version, or what this one has become meanwhile."""
         wanted = event._data if isinstance(event._data, dict) else {}
-        id = talk.choose(wanted.get("id"), wanted.get("number"), wanted.get("branch") is True)
+        id = self.talk.choose(wanted.get("id"), wanted.get("number"), wanted.get("branch") is True)
         question = wanted.get("question")
-        view = talk.view(id, question if isinstance(question, int) else 0)
+        view = self.talk.view(id, question if isinstance(question, int) else 0)
         if wanted.get("same") is True:
-            return [*view, *[gr.skip()] * len(answers.outputs)]
-        found = talk.store.get(id)
-        return [*view, *(begun() if found is None else answers_panel.shown(found.settings))]
+            return [*view, *[gr.skip()] * len(self.answers.outputs)]
+        found = self.talk.store.get(id)
+        return [*view, *(self._begun() if found is None else answers_panel.shown(found.settings))]
 
-    def begun() -> list[Any]:
+    def _begun(self) -> list[Any]:
         """A new chat leaves system prompt and seed as they are."""
-        values = dict(zip(DEFAULTS, answers_panel.shown(sampling.chosen(talk.state))[1:], strict=True))
+        values = dict(zip(DEFAULTS, answers_panel.shown(sampling.chosen(self.talk.state))[1:], strict=True))
         preset = answers_panel.preset_of(values)
         return [preset, *(value if name in sampling.DEFAULTS else gr.skip() for name, value in values.items())]
 
-    def suggest(open_: str) -> list[Any]:
+    def suggest(self, open_: str) -> list[Any]:
         """Another model is there: its prompts, and its sampling where no conversation is open."""
-        loaded = talk.state.look().loaded
+        loaded = self.talk.state.look().loaded
         suggested = suggested_prompts(Path(loaded.spec.path)) if loaded else ()
         examples = gr.Chatbot(examples=[{"text": text} for text in suggested or EXAMPLES])
-        return [examples, *([gr.skip()] * len(answers.outputs) if opened_id(open_) else begun())]
+        return [examples, *([gr.skip()] * len(self.answers.outputs) if opened_id(open_) else self._begun())]
 
+
+def wire(chat: Chat, open_: gr.HTML, answers: Answers, page: gr.Blocks, refresh: gr.Button, talk: Talk) -> None:
+    does = Handlers(talk, answers)
+    stop = gr.State(None)  # threading.Event | None: of the answer that this tab waits for
+    window = [chat.history, open_]
+    inputs = [open_, *answers.inputs]
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     slow: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
     asked = [
-        chat.message.submit(send, [chat.message, *inputs], [chat.message, *window], **quiet),
-        chat.history.example_select(send_example, inputs, window, **quiet),
+        chat.message.submit(does.send, [chat.message, *inputs], [chat.message, *window], **quiet),
+        chat.history.example_select(does.send_example, inputs, window, **quiet),
         chat.history.retry(talk.retry, open_, window, **quiet),
-        chat.history.edit(edit, open_, window, **quiet),
+        chat.history.edit(does.edit, open_, window, **quiet),
     ]
     running = [
-        *(event.then(_busy, None, [chat.message, stop], **quiet).then(answer, [stop, *inputs], window, **slow)
+        *(event.then(_busy, None, [chat.message, stop], **quiet).then(does.answer, [stop, *inputs], window, **slow)
           for event in asked),
-        open_.submit(_busy, None, [chat.message, stop], **quiet).then(go_on, [stop, *inputs], window, **slow),
+        open_.submit(_busy, None, [chat.message, stop], **quiet).then(does.go_on, [stop, *inputs], window, **slow),
     ]  # fmt: skip
     for event in running:
         event.then(_ready, None, chat.message, **quiet)
     chat.message.stop(threading.Event.set, stop, None, **quiet)
     chat.history.undo(talk.undo, open_, [chat.message, *window], **quiet)
-    open_.select(choose, None, [*window, *answers.outputs], **quiet)
-    gr.on([page.load, refresh.click], suggest, open_, [chat.history, *answers.outputs], **quiet)
+    open_.select(does.choose, None, [*window, *answers.outputs], **quiet)
+    gr.on([page.load, refresh.click], does.suggest, open_, [chat.history, *answers.outputs], **quiet)
 
 
 def _busy() -> tuple[gr.Textbox, threading.Event]:

@@ -17,6 +17,8 @@ def build() -> None:
         "",
         html_template=f"""
             <header class="top">
+              <button type="button" class="aside" aria-controls="side" aria-label="Conversations and answer settings"
+                data-tip="Conversations and answer settings (Alt + L)">☰</button>
               <h1><img src="ui/favicon.svg" alt="" width="22" height="22"><span>MoEpic</span></h1>
               <p class="pill" role="status"><i aria-hidden="true"></i><span data-live="status">connecting …</span></p>
               <dl class="figures" aria-label="Live figures of the last reply">{figures}</dl>

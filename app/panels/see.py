@@ -84,7 +84,7 @@ def experts() -> str:
         f"<span class='note'>{_key('tops')}{term('top', 'residency')} {_value('tops')}</span>"
         f"<span class='note'>{_key('nothing')}{term('host only', 'residency')}</span>"
         f"<span class='note cut'>stronger: {term('used more', 'use')}</span>"
-        f"{_choice('order', 'Order of experts', {'use': 'most used first', 'number': 'by number'})}"
+        f"{_choice('order', 'Order of experts', {'use': 'by use', 'number': 'by number'})}"
     )
     return _panel("heat", head, _canvas("heat"))
 

@@ -121,7 +121,8 @@ def why(preview: Preview | None) -> list[tuple[str, str]] | None:
     """What was decided and why; None where nothing is decided yet."""
     if preview is None or preview.spec is None or preview.budget_bytes is None:
         return None
-    return cards.plan_rows(preview.plan(preview.budget_bytes), preview.spec)
+    routing = preview.forecast.origin if preview.forecast is not None else ""
+    return cards.plan_rows(preview.plan(preview.budget_bytes), preview.spec, routing)
 
 
 def _attribute(value: Any) -> str:

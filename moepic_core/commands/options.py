@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from typing import NoReturn
+from typing import NoReturn, get_args
 
-from ..spec import STRATEGIES, Settings
+from ..spec import STRATEGIES, EvictionName, Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +37,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--split", type=float, help="split ratio, 0 (nothing cached) to 1 (whole experts)")
     command.add_argument("--strategy", default="moepic", help=", ".join(STRATEGIES))
-    command.add_argument("--eviction", default="auto", help="auto, lcp, lru or lfu")
+    command.add_argument("--eviction", default="auto", help=f"auto, {', '.join(get_args(EvictionName))}")
     command.add_argument("--prefetch", type=_prefetch, default="auto",
                          help="auto, on, off, or how many experts of the next layer are guessed")  # fmt: skip
     command.add_argument("--device", default="auto", help="auto, cuda or cpu")

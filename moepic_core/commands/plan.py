@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..costs import Breakdown
+from ..costs import Breakdown, Costs
 from ..folders import user_folder
 from ..spec import Plan, Settings
 from ..units import format_bytes
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
     curve = [] if costs is None or trace is None else what_if(settings, needs, costs, trace, _budgets(needs, top))
     facts = {
         "model": spec.name, "link": link.label, "measured": costs is not None, "plan": dataclasses.asdict(plan),
+        "machine": dataclasses.asdict(machine), "costs": None if costs is None else dataclasses.asdict(costs),
         "tokens_of_routing": 0 if trace is None else trace.num_tokens,
         "tpot_s": None if plan.predicted is None else plan.predicted.total_s,
         "curve": [{"budget_bytes": at, "tpot_s": cost.total_s, "hit_rate": cost.hit_rate} for at, cost in curve],
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(facts))
         return
     print(f"{spec.name} over {link.label}: {plan.reason}")
-    for line in [*_table(plan, needs), *_prediction(plan.predicted), *_curve(curve)]:
+    for line in [*_table(plan, needs), *_measured(costs), *_prediction(plan.predicted), *_curve(curve)]:
         print(line)
     if costs is None:
         print("nothing was measured here yet; --measure loads the model and takes a few seconds", file=sys.stderr)
@@ -106,6 +107,18 @@ def _table(plan: Plan, needs: Needs) -> list[str]:
     return lines
 
 
+def _measured(costs: Costs | None) -> list[str]:
+    if costs is None or costs.alone is None:
+        return []
+    alone, accuracy = costs.alone, [share for ranks in costs.guess_accuracy for share in ranks]
+    guesses = f"; {sum(accuracy) / len(accuracy):.0%} of guesses right" if accuracy else ""
+    return [
+        f"measured: link {format_bytes(alone.bytes_per_s)}/s alone, {format_bytes(costs.link_bytes_per_s)}/s while "
+        f"computing, {1e6 * costs.link_latency_s:.0f} µs per transfer; host memory copies "
+        f"{format_bytes(alone.host_bytes_per_s)}/s{guesses}"
+    ]
+
+
 def _prediction(predicted: Breakdown | None) -> list[str]:
     if predicted is None:
         return []
@@ -115,7 +128,8 @@ def _prediction(predicted: Breakdown | None) -> list[str]:
     return [
         f"predicted {1e3 * predicted.total_s:.2f} ms per token, {1 / predicted.total_s:.1f} tokens/s ({items} ms); "
         f"hits {100 * predicted.hit_rate:.0f} %, partial {100 * predicted.partial_hit_rate:.0f} %, "
-        f"{format_bytes(predicted.link_bytes)} over the link"
+        f"{format_bytes(predicted.link_bytes)} over the link in {1e3 * predicted.link_s:.2f} ms, of which "
+        f"{1e3 * predicted.covered_s:.2f} are hidden and {1e3 * predicted.wasted_s:.2f} spent on wrong guesses"
     ]
 
 

@@ -23,13 +23,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..arena import is_out_of_memory
-from ..errors import BadCheckpoint, MoepicError, OutOfRoom
+from ..errors import BadCheckpoint
 from ..host_store import HostStore, check_layout
 from ..lazy_tensors import LazyTensors
 from ..packing import FusedLayout
 from ..spec import ModelSpec
 
 _METHOD = "moepic"
+_SUPPORTED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # flags of Transformers' experts interface
 
 
 class ExpertSink:
@@ -41,7 +42,7 @@ class ExpertSink:
         self.modules: dict[str, nn.Module] = {}  # experts modules by path, in the order of execution
         self.shapes: dict[str, torch.Size] = {}  # of every parameter, as the config wants them
         self._parts: dict[str, dict[str, Tensor]] = {}
-        self.error: MoepicError | None = None
+        self.error: Exception | None = None  # that packing ended with
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertSink:
         return self  # Transformers copies configs; the store must not be copied with them
@@ -75,12 +76,15 @@ class ExpertSink:
 
 
 def layout_of(module: nn.Module) -> FusedLayout:
-    """The module's layout flags. Refuses those that packing does not support, by name."""
-    if getattr(module, "has_post_expert_norm", False):
-        raise BadCheckpoint(
-            f"{type(module).__name__} normalises each expert's output (has_post_expert_norm), which a split expert "
-            f"cannot; this family is not supported"
-        )
+    """The module's layout flags. Refuses by name those that packing does not support, and those it has never heard of:
+    a split expert cannot be normalised as a whole, for one.
+    """
+    for flag, value in vars(module).items():
+        if value is True and flag.startswith(("has_", "is_")) and flag not in _SUPPORTED:
+            raise BadCheckpoint(
+                f"{type(module).__name__} lays its experts out in a way that cannot be split ({flag}); this family is "
+                f"not supported"
+            )
     return FusedLayout(bool(module.has_gate), bool(module.is_transposed), bool(module.is_concatenated))
 
 
@@ -96,7 +100,8 @@ def load_model(
     """The model in eval mode on `device`, without routed experts, and its experts modules by path, in order of
     execution.
 
-    Raises BadCheckpoint when anything is missing, left over in shape or unknown to Transformers; Cancelled when asked.
+    Raises BadCheckpoint when anything is missing, left over in shape or unknown to Transformers; Cancelled when asked;
+    RuntimeError when a memory is full.
     """
     _register()
     sink = ExpertSink(spec, store)
@@ -116,9 +121,7 @@ def load_model(
             if sink.error is not None:  # Transformers wraps what a conversion raises
                 raise sink.error from error
             if is_out_of_memory(error):
-                raise OutOfRoom(
-                    f"memory ran out while {spec.name} was loading; close other programs, or use the disk link"
-                ) from error
+                raise
             raise BadCheckpoint(f"Transformers cannot load {spec.name}: {_first_line(error)}") from error
     _nothing_missing(spec, info)
     for name, parameter in model.named_parameters():  # some versions load what does not fit without a word
@@ -185,8 +188,8 @@ class _Pack(ConversionOps):  # type: ignore[misc]
         for value in input_dict.values():
             try:
                 self.sink.receive(full_layer_name, value[0] if isinstance(value, list) else value)
-            except MoepicError as error:
-                self.sink.error = error
+            except Exception as error:  # whatever it is, Transformers hides it, and goes on with the next tensor
+                self.sink.error = self.sink.error or error
                 raise
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)

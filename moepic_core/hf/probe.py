@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,12 @@ from .model import HfModel
 _FIRST, _MORE = 8, 2  # tokens; few follow, because a state that was lost is soon hidden by what comes after
 
 
-@contextmanager
-def without_experts(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[None]:
-    """Within, routed experts answer zeros, so that a forward pass needs none of them."""
+def silence_experts(model: nn.Module, modules: Collection[nn.Module]) -> None:
+    """Until `install`, routed experts answer zeros, so that a forward pass needs none of them."""
     register()
     for module in modules:
         module.moepic_layer = _zeros  # type: ignore[assignment]
     model.set_experts_implementation("moepic")  # type: ignore[operator]
-    yield
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Findings:
 
 
 def probe_model(hf: HfModel, context: int) -> Findings:
-    """Runs a few tokens, a few more after them, and all at once. Needs `without_experts`."""
+    """Runs a few tokens, a few more after them, and all at once. Needs `silence_experts`."""
     ids = [(7 * place + 1) % 64 for place in range(_FIRST + _MORE)]
     hf.forward(ids[:_FIRST])
     few = hf.kv_bytes_by_layer()

@@ -75,6 +75,15 @@ class TransferEvent:
 
 
 @dataclass(frozen=True)
+class StallEvent:
+    """For this long compute had nothing to do but wait for a ticket; on CUDA by the device's clock."""
+
+    tag: object
+    start_s: float  # time.perf_counter
+    end_s: float
+
+
+@dataclass(frozen=True)
 class TransferCounters:
     """Totals since the backend was made."""
 
@@ -118,7 +127,7 @@ class Ticket(Protocol):
         """Return as soon as the caller may use the data; seconds for which this thread was blocked.
 
         On the CPU this blocks until the data has arrived. On CUDA it makes the current stream wait, and blocks only
-        while chunks are still queued in host memory; how long the stream then stalls shows in `TransferCounters`.
+        while chunks are still queued in host memory; how long the stream then stalls shows in `drain_stalls`.
         `cancelled` is asked about every 20 ms; once it says yes, Cancelled is raised (the ticket itself lives on:
         call `Transfer.cancel`). Raises TransferFailed if the copy failed, Cancelled if it was cancelled.
         Waiting promotes nothing: a guess that is needed should be promoted first.
@@ -160,6 +169,9 @@ class Transfer(Protocol):
 
     def drain_events(self) -> list[TransferEvent]:
         """Chunks that finished since the last call, at most the latest 65,536."""
+
+    def drain_stalls(self) -> list[StallEvent]:
+        """Waits for tickets that ended since the last call, at most the latest 65,536."""
 
     def counters(self) -> TransferCounters: ...
 

@@ -41,7 +41,10 @@ class BusyTime:
 
 
 class DeviceClock:
-    """Tells when an event happened, in seconds of time.perf_counter, from an anchor that both clocks know."""
+    """Tells when an event happened, in seconds of time.perf_counter, from an anchor that both clocks know.
+
+    Times are right to a microsecond while the anchor is young: `renew` it whenever the stream is idle.
+    """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -52,14 +55,14 @@ class DeviceClock:
         self._anchor_s = self._tried_s = time.perf_counter()
 
     def host_s(self, event: torch.cuda.Event) -> float:
-        """Time of a completed timing event that is younger than the anchor."""
+        """Time of a completed timing event."""
         elapsed_ms: float = self._anchor.elapsed_time(event)
         return self._anchor_s + elapsed_ms * 1e-3
 
     def renew(self) -> None:
         """Now and then take a new anchor: the clocks drift, and CUDA counts in milliseconds of float32.
 
-        No event older than this call may be asked for afterwards. Keeps the old anchor if the stream is not idle.
+        Keeps the old anchor if the stream is not idle.
         """
         start_s = time.perf_counter()
         if start_s - self._tried_s < _ANCHOR_S:

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import Cancelled, MoepicError, TransferFailed
 from ..units import ALIGNMENT_BYTES
-from .base import Priority, Source, TransferCounters, TransferEvent, check_request
+from .base import Priority, Source, StallEvent, TransferCounters, TransferEvent, check_request
 from .clocks import BusyTime
 
 _MAX_EVENTS = 1 << 16
@@ -99,7 +99,6 @@ class Ledger(Generic[E]):
         self.chunk_bytes = chunk_bytes
         self.num_retried = 0
         self.unpinned_bytes = 0
-        self.stalled_s = 0.0
         self._queues: dict[Priority, deque[E]] = {priority: deque() for priority in Priority}  # first served first
         self._live: set[E] = set()  # open, or with a chunk in flight
         self._num_outcomes = dict.fromkeys(Outcome, 0)
@@ -111,6 +110,8 @@ class Ledger(Generic[E]):
         self._dropped_bytes = 0  # never handed out, because the ticket failed or was cancelled
         self._busy = BusyTime()
         self._events: deque[TransferEvent] = deque(maxlen=_MAX_EVENTS)
+        self._stalls: deque[StallEvent] = deque(maxlen=_MAX_EVENTS)
+        self._stalled_s = 0.0
 
     @property
     def num_live(self) -> int:
@@ -168,6 +169,12 @@ class Ledger(Generic[E]):
         nbytes = chunk.nbytes if error is None else 0
         self._events.append(TransferEvent(entry.tag, chunk.priority, start_s, end_s, nbytes))
 
+    def stall(self, entry: E, start_s: float, end_s: float) -> None:
+        """Compute had nothing to do but wait for `entry`. No stall at all if it ends no later than it starts."""
+        if end_s > start_s:
+            self._stalled_s += end_s - start_s
+            self._stalls.append(StallEvent(entry.tag, start_s, end_s))
+
     def promote(self, entry: E) -> None:
         """What is left of a guess joins the end of the demands."""
         if entry.priority is Priority.DEMAND or entry.ended:
@@ -199,6 +206,11 @@ class Ledger(Generic[E]):
         self._events.clear()
         return events
 
+    def drain_stalls(self) -> list[StallEvent]:
+        stalls = list(self._stalls)
+        self._stalls.clear()
+        return stalls
+
     def counters(self) -> TransferCounters:
         return TransferCounters(
             submitted=self._num_submitted,
@@ -210,7 +222,7 @@ class Ledger(Generic[E]):
             prefetch_bytes=self._landed_bytes[Priority.PREFETCH],
             unpinned_bytes=self.unpinned_bytes,
             busy_s=self._busy.total_s,
-            stalled_s=self.stalled_s,
+            stalled_s=self._stalled_s,
         )
 
     def check(self) -> None:

@@ -19,9 +19,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..errors import Cancelled, MoepicError, TransferFailed
-from .base import Fence, FileSource, Priority, Source, Ticket, TransferCounters, TransferEvent
-from .ledger import Chunk, Entry, Ledger
+from ..errors import Cancelled, TransferFailed
+from .backend import Backend
+from .base import Fence, FileSource, Priority, Source, Ticket
+from .ledger import Chunk, Entry
 
 # Two direct reads of 2 MiB at a time give the disk's full bandwidth, of 1 MiB 94 %; a later demand waits for these two.
 CHUNK_BYTES = 2 << 20
@@ -39,34 +40,32 @@ class ThreadTicket(Entry):
         self.latch.acquire()
 
     def wait(self, cancelled: Callable[[], bool] | None = None) -> float:
-        stalled_s = 0.0
-        if not self.done:
-            start_s = time.perf_counter()
-            while not self.latch.acquire(timeout=_POLL_S):
-                if cancelled is not None and cancelled():
-                    raise Cancelled("stopped while waiting for a transfer")
-            self.latch.release()
-            stalled_s = time.perf_counter() - start_s
-            self.transfer.add_stall(stalled_s)
+        if self.done:
+            self.raise_error()
+            return 0.0
+        start_s = time.perf_counter()
+        while not self.latch.acquire(timeout=_POLL_S):
+            if cancelled is not None and cancelled():
+                raise Cancelled("stopped while waiting for a transfer")
+        self.latch.release()
+        end_s = time.perf_counter()
+        self.transfer.stall(self, start_s, end_s)
         self.raise_error()
-        return stalled_s
+        return end_s - start_s
 
     def settle(self) -> None:
         self.transfer.settle(self)
 
 
-class ThreadTransfer:
+class ThreadTransfer(Backend[ThreadTicket]):
     """See `Transfer`. `rate_bytes_per_s` None means as fast as the machine can."""
 
     def __init__(
         self, num_workers: int = 1, rate_bytes_per_s: float | None = None, chunk_bytes: int = CHUNK_BYTES
     ) -> None:
-        self._ledger: Ledger[ThreadTicket] = Ledger(chunk_bytes)
+        super().__init__(chunk_bytes)
         self._rate_bytes_per_s = rate_bytes_per_s
         self._link_free_s = 0.0  # when the emulated link will have moved all that has been put on it
-        self._closed: MoepicError | None = None
-        self._lock = threading.Lock()
-        self._queued = threading.Condition(self._lock)
         self._settled = threading.Condition(self._lock)
         self._workers = [
             # Daemons, because a program that dies without `close` must not hang at exit.
@@ -75,10 +74,6 @@ class ThreadTransfer:
         ]
         for worker in self._workers:
             worker.start()
-
-    @property
-    def chunk_bytes(self) -> int:
-        return self._ledger.chunk_bytes
 
     def submit(
         self,
@@ -90,9 +85,7 @@ class ThreadTransfer:
     ) -> ThreadTicket:
         ticket = ThreadTicket(self, source, destination, priority, tag)
         with self._lock:
-            if self._closed is not None:
-                raise self._closed
-            self._ledger.admit(ticket)
+            self._admit(ticket)
             self._queued.notify(-(-ticket.nbytes // self._ledger.chunk_bytes))
         return ticket
 
@@ -115,21 +108,9 @@ class ThreadTransfer:
     def fence(self) -> Fence:
         return Fence()
 
-    def add_stall(self, stalled_s: float) -> None:
+    def stall(self, ticket: ThreadTicket, start_s: float, end_s: float) -> None:
         with self._lock:
-            self._ledger.stalled_s += stalled_s
-
-    def drain_events(self) -> list[TransferEvent]:
-        with self._lock:
-            return self._ledger.drain_events()
-
-    def counters(self) -> TransferCounters:
-        with self._lock:
-            return self._ledger.counters()
-
-    def check(self) -> None:
-        with self._lock:
-            self._ledger.check()
+            self._ledger.stall(ticket, start_s, end_s)
 
     def close(self) -> None:
         self._shut(Cancelled("the transfer backend was closed"))
@@ -138,10 +119,8 @@ class ThreadTransfer:
 
     def _shut(self, error: TransferFailed | Cancelled) -> None:
         with self._lock:
-            self._closed = self._closed or error
-            for ticket in self._ledger.drop_all(error):
+            for ticket in self._end(error):
                 ticket.latch.release()
-            self._queued.notify_all()
             self._settled.notify_all()
 
     def _run(self) -> None:
