@@ -13,7 +13,9 @@ from .costs import Costs
 from .engine import Engine
 from .measuring import measure_link, rehearse
 
-_REHEARSALS = ((0.3, "off"), (0.3, "on"), (0.7, "on"))  # split ratio, prefetch: four lengths of segments
+# Split ratio, prefetch: four lengths of segments, and about the traffic that plans end up with. A busy link slows the
+# interpreter down, so costs of a token that loads all it needs are too high for others (docs/LOG.md).
+_REHEARSALS = ((0.6, "off"), (0.6, "on"), (0.9, "on"))
 _SECONDS = 1.5  # for each rehearsal
 
 Progress = Callable[[float], None]  # share done, 0..1
