@@ -62,7 +62,7 @@ class ExpertLayer:
         return total.total(top_k_weights, self.math.down_bias)
 
     def _pairs_of_one(self, top_k_index: Tensor) -> Mapping[int, int | Tensor]:
-        """Expert → its place among the k of the only token. This is the one unavoidable wait for a GPU."""
+        """Expert → its place among the k of the only token. A GPU is waited for here, and once more for guesses."""
         num_experts = self.geometry.num_experts
         # An index past the last expert means "none" in some families; its pair stays zero, as in `eager`.
         return {expert: place for place, expert in enumerate(top_k_index[0].tolist()) if expert < num_experts}
