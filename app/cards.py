@@ -74,12 +74,14 @@ def problem_card(text: str) -> dict[str, Any]:
 
 
 def whereabouts(preview: Preview) -> str:
-    """Where the complete copy of the experts is kept, and what that takes."""
+    """Where the complete copy of the experts is kept, and a token embedding of which one row is needed at a time."""
     assert preview.spec is not None, preview.settings.checkpoint
-    nbytes = format_bytes(preview.spec.expert_bytes)
+    nbytes, rows = format_bytes(preview.spec.expert_bytes), preview.spec.embedding_bytes
     if preview.link.kind == "disk":
-        return f"{nbytes} in a file on disk, none of it in RAM"
-    return f"{nbytes} in RAM, {format_bytes(preview.machine.host_free_bytes)} is free there"
+        besides = f"; token embeddings ({format_bytes(rows)}) are read from the checkpoint" if rows else ""
+        return f"{nbytes} in a file on disk, none of it in RAM{besides}"
+    besides = f" with {format_bytes(rows)} of token embeddings" if rows else ""
+    return f"{nbytes} in RAM{besides}, {format_bytes(preview.machine.host_free_bytes)} is free there"
 
 
 @dataclass(frozen=True)

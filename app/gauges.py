@@ -20,7 +20,7 @@ NOT_AVAILABLE = "not available"
 HOT_C = 100.0  # a full bar where the driver does not say when it would slow down
 LABELS = {
     **MEMORY,
-    "copy": "Host copy of experts",
+    "copy": "Host copy",
     "unaccounted": "Unaccounted",
     "others": "Other programs",
     "rest": "Other programs and unaccounted",
@@ -118,7 +118,7 @@ def _held(snapshot: Snapshot | None, loaded: Loaded | None) -> dict[str, int]:
         return {}
     held = {kind: snapshot.memory_bytes.get(kind, 0) for kind in MEMORY}
     # Without a GPU, an emulated link's host copy lies in the same memory.
-    return {**held, "copy": loaded.spec.expert_bytes} if loaded.link.kind == "emulated" else held
+    return {**held, "copy": loaded.spec.host_bytes} if loaded.link.kind == "emulated" else held
 
 
 def _rate(bytes_per_s: float) -> str:

@@ -86,7 +86,7 @@ class Loader:
         if engine is None or loaded is None:
             return None
         used = int(engine.snapshot().session.decode.activations[0].sum())
-        in_host = 0 if engine.link.kind == "disk" else engine.spec.expert_bytes
+        in_host = 0 if engine.link.kind == "disk" else engine.spec.host_bytes
         num_tokens = used // max(1, engine.spec.top_k)
         return Held(loaded, engine.plan, engine.steering, num_tokens, engine.residency.arena.used_bytes, in_host)
 

@@ -123,7 +123,7 @@ class Preview:
     @property
     def free_bytes(self) -> int:
         """Device memory that a budget may take. Without a GPU, an emulated link's host copy lies in the same memory."""
-        copy = self.spec.expert_bytes if self.spec is not None and self.link.kind == "emulated" else 0
+        copy = self.spec.host_bytes if self.spec is not None and self.link.kind == "emulated" else 0
         return max(0, int((self.machine.device_free_bytes - self.reserved_bytes) * HEADROOM) - copy)
 
     @property
@@ -131,7 +131,7 @@ class Preview:
         """Whether loading can work although the verdict says no: what is short may be given back until then."""
         if self.spec is None or self.verdict is None or self.verdict.step != "will not run":
             return False
-        return self.link.kind == "disk" or self.spec.expert_bytes <= self.machine.host_free_bytes
+        return self.link.kind == "disk" or self.spec.host_bytes <= self.machine.host_free_bytes
 
     def plan(self, budget: int) -> Plan:
         """What `budget` would buy: the plan in force where it is that, else equal shares."""

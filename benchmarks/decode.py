@@ -130,8 +130,7 @@ def _greedy(model: Any, prompt: list[int], device: torch.device) -> Iterator[int
 def _floor(engine: Engine, row: dict[str, Any], bandwidth: float) -> float:
     """Seconds per token that the bytes alone take. Missing bytes need the link, all used bytes the device's memory."""
     spec = engine.spec
-    embedding = spec.vocab_size * spec.hidden * spec.moe_layers[0].itemsize  # one row of it is read
-    used = engine.needs.resident - embedding + spec.top_k * sum(layer.expert_bytes for layer in spec.moe_layers)
+    used = engine.needs.resident + spec.top_k * sum(layer.expert_bytes for layer in spec.moe_layers)
     link = engine.link.bytes_per_s or row["link_bytes_per_s"]
     return max(row["bytes_per_token"] / link, used / bandwidth)
 

@@ -78,7 +78,7 @@ def _ours(options: argparse.Namespace) -> dict[str, float]:
     with Engine.load(settings) as engine:
         seconds, peak = time.perf_counter() - start, _peak()
         spec = engine.spec
-        store = 0 if options.link == "disk" else spec.expert_bytes
+        store = 0 if options.link == "disk" else spec.host_bytes
         held = engine.plan.memory.used if options.link == "disk" else store + engine.needs.resident
         allowed = held + 1.5 * spec.largest_layer_bytes + 0.7e9
         return {"seconds": seconds, "peak_bytes": peak, "before_bytes": before, "allowed_bytes": allowed}

@@ -64,7 +64,7 @@ def made_up(num_layers: int, num_experts: int, top_k: int) -> tuple[Needs, Costs
     layer = MoeLayer(0, num_experts, neurons=768, hidden=2048, matrices=3, itemsize=2)
     needs = Needs((layer,) * num_layers, top_k, resident=2 << 30, kv=1 << 30, workspace=1 << 29)
     costs = Costs(
-        (LayerCosts(8e-5, 2e-5, 1e-5, 1.2e-5, 2e-5 / layer.neurons, 1e-12),) * num_layers,
+        (LayerCosts(8e-5, 2e-5, 1e-5, 1.2e-5, 2e-5 / layer.neurons, 1e-12, 5e-6),) * num_layers,
         after_s=2e-4, link_bytes_per_s=20e9, link_latency_s=1e-5, chunk_bytes=2 << 20, source="estimated",
     )  # fmt: skip
     return needs, costs

@@ -162,7 +162,8 @@ def as_published(costs: Costs, spec: ModelSpec) -> Costs:
     factor = COMPUTE_S / resident_s
     layers = tuple(
         replace(layer, before_s=factor * layer.before_s, step_s=factor * layer.step_s, guess_s=factor * layer.guess_s,
-                segment_s=factor * layer.segment_s, row_s=factor * layer.row_s)
+                segment_s=factor * layer.segment_s, row_s=factor * layer.row_s,
+                transfer_s=factor * layer.transfer_s)
         for layer in costs.layers
     )  # fmt: skip
     active_bytes = sum(spec.top_k * layer.expert_bytes for layer in spec.moe_layers)

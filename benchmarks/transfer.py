@@ -23,6 +23,7 @@ import torch
 from benchmarks.common import Rounds, interleave, report
 from moepic_core.transfer.base import FileSource, MemorySource, Priority, Source, Transfer
 from moepic_core.transfer.cuda import CudaTransfer
+from moepic_core.transfer.emulated import EmulatedTransfer
 from moepic_core.transfer.pinning import pin
 from moepic_core.transfer.thread import CHUNK_BYTES, ThreadTransfer
 from moepic_core.units import ALIGNMENT_BYTES
@@ -63,7 +64,7 @@ def cpu_variants(stack: contextlib.ExitStack, nbytes: int, folder: str | None) -
         "disk": timed(nbytes, lambda: move(reader, file, destination)),
     }
     for rate in EMULATED_BYTES_PER_S:
-        link = started(stack, ThreadTransfer(1, rate_bytes_per_s=rate))
+        link = started(stack, EmulatedTransfer(rate))
         bandwidths[f"emulated {rate / 1e9:.0f} GB/s"] = timed(nbytes, lambda link=link: move(link, memory, destination))
     latencies = {
         **latency_variants("memory", copier, memory, destination),

@@ -19,6 +19,7 @@ from .checkpoint import read_spec
 from .errors import BadCheckpoint, OutOfRoom
 from .extras import brought_routing
 from .finder import resolve
+from .hf.embedding import bring_rows
 from .hf.experts import ExpertLayer, install, router_of
 from .hf.loading import load_model
 from .hf.model import HfModel
@@ -66,7 +67,8 @@ def assemble(
     link = parse_link(settings.link, machine.device)
     check_memory(settings, spec, machine, link)
     device, dtype = torch.device(machine.device), getattr(torch, spec.dtype)
-    total, read = sum(info.num_bytes for info in read_tensors(path).values()), 0
+    headers = read_tensors(path)
+    total, read = sum(info.num_bytes for info in headers.values()), 0
 
     def count(nbytes: int) -> None:
         nonlocal read
@@ -81,8 +83,10 @@ def assemble(
         store = RamStore(spec, dtype, pinned=link.kind == "bus")
     try:
         # Where the packed file is there already, most of the checkpoint will not be read.
-        tensors = LazyTensors(read_tensors(path), count, cancelled, 0 if store.complete else AHEAD_BYTES)
+        tensors = LazyTensors(headers, count, cancelled, 0 if store.complete else AHEAD_BYTES)
         model, modules = load_model(spec, tensors, store, device)
+        tensors.close()
+        bring_rows(model, spec, tensors, device, link.kind == "disk")
         if link.kind == "disk":
             tensors.forget()
         return _connect(settings, spec, machine, link, store, model, modules, memory)
@@ -109,6 +113,9 @@ def _connect(
     """Joins the loaded model, its store and a residency."""
     device = torch.device(machine.device)
     hf = HfModel(model, device)
+    stays = bool(spec.token_tables) and hf.embedding is None
+    if stays:
+        spec = spec.with_embedding_on_device()
     text = Text(spec.path, model.generation_config)
     layers = [
         ExpertLayer(module, geometry, router_of(model, path, geometry, spec.top_k))
@@ -126,7 +133,7 @@ def _connect(
     for kind, nbytes in (("resident", needs.resident), ("kv", needs.kv), ("workspace", needs.workspace)):
         arena.reserve(kind, nbytes)
     telemetry = Telemetry(len(layers), max(layer.num_experts for layer in spec.moe_layers), spec.top_k)
-    notices = _notices(spec, store, layers, found.continues)
+    notices = _notices(spec, store, layers, found.continues, stays)
     try:
         brought = brought_routing(spec)
     except BadCheckpoint as error:  # planning does without it
@@ -138,11 +145,18 @@ def _connect(
     return Parts(settings, spec, machine, link, hf, text, residency, needs, steering, notices, turn, context)
 
 
-def _notices(spec: ModelSpec, store: HostStore, layers: list[ExpertLayer], continues: bool) -> tuple[str, ...]:
+def _notices(
+    spec: ModelSpec, store: HostStore, layers: list[ExpertLayer], continues: bool, stays: bool
+) -> tuple[str, ...]:
     """What the user should know about this model for as long as it is loaded."""
     notices = [store.notice] if store.notice else []
     if any(layer.router is None for layer in layers):
         notices.append(f"{spec.architecture}: no router was found beside some experts, so those are not prefetched")
+    if stays:
+        notices.append(
+            f"{spec.architecture}: the token embedding is more than a lookup, so it stays on the device, which the "
+            f"needs that were shown before loading did not count"
+        )
     if not continues:
         notices.append(
             f"{spec.architecture} cannot continue a prompt in Transformers: prompts run in one pass, and every "
@@ -156,6 +170,10 @@ def _transfer(link: Link, device: torch.device) -> Transfer:
         from .transfer.cuda import CudaTransfer
 
         return CudaTransfer(device)
+    if link.bytes_per_s is not None:
+        from .transfer.emulated import EmulatedTransfer
+
+        return EmulatedTransfer(link.bytes_per_s)
     from .transfer.thread import ThreadTransfer
 
-    return ThreadTransfer(num_workers=1 if link.kind == "emulated" else 2, rate_bytes_per_s=link.bytes_per_s)
+    return ThreadTransfer(num_workers=2)

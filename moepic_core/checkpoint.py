@@ -71,6 +71,8 @@ def read_spec(path: str | Path, dtype: str = "auto") -> ModelSpec:
     if config.top_k > config.num_experts:
         raise BadCheckpoint(f"{config.path} wants {config.top_k} experts per token, a layer has {config.num_experts}")
     num_parameters = _num_weights(experts) + _num_weights(others)
+    tables = _token_tables(tensors, config)
+    on_host = config.vocab_size * config.hidden * itemsize if tables else 0
     idle = sum((layer.num_experts - config.top_k) * layer.expert_bytes for layer in geometry) // itemsize
     shards = sorted({info.file.name for info in tensors.values()})
     return ModelSpec(
@@ -85,14 +87,28 @@ def read_spec(path: str | Path, dtype: str = "auto") -> ModelSpec:
         hidden=config.hidden,
         vocab_size=config.vocab_size,
         context_length=config.context_length,
-        resident_bytes=_device_bytes(others, itemsize),
+        resident_bytes=_device_bytes(others, itemsize) - on_host,
         kv_bytes_per_token=itemsize * sum(_kv_width(layer, config) for layer in layers.values()),
         num_parameters=num_parameters,
         active_parameters=num_parameters - idle,
         file_bytes=sum((folder / shard).stat().st_size for shard in shards),
         shards=tuple(shards),
         fingerprint=fingerprint(folder, shards, config.text),
+        token_tables=tables,
     )
+
+
+def _token_tables(tensors: dict[str, TensorInfo], config: ModelConfig) -> tuple[str, ...]:
+    """Token embedding and output head, in no order, where the config says that they are two and just two tensors can be
+    meant; else nothing. Which is which shows when the model is loaded.
+    """
+    shape = (config.vocab_size, config.hidden)
+    names = [
+        name
+        for name, info in tensors.items()
+        if info.shape == shape and info.dtype in _FLOATS and not (_LAYER.fullmatch(name) or _SPECULATIVE.match(name))
+    ]
+    return tuple(sorted(names)) if config.is_untied and len(names) == 2 else ()
 
 
 def _decoder_layers(tensors: dict[str, TensorInfo], config: ModelConfig) -> tuple[dict[int, _Layer], list[TensorInfo]]:

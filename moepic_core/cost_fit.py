@@ -16,6 +16,8 @@ from .costs import Costs, LayerCosts, LinkSpeed
 from .guesses import accuracies
 from .trace import EventKind, Part, TracePhase
 
+_SETTLED = 0.1  # of the copies into slots: the first one into fresh memory takes five times as long, but only once
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -35,11 +37,13 @@ def fit_costs(
 ) -> Costs:
     """`neurons` per layer. The link is what it was in the runs, or alone when nothing travelled in them.
 
-    A step's time is stall + step_s + (guess_s) + Σ over segments of (segment_s + row_s · rows). What segments take is
-    fitted to the compute events of all layers of one size, what the step takes beside to the remainders of its time.
+    A step's time is stall + step_s + (guess_s) + transfers · transfer_s + Σ over segments of (segment_s + row_s · rows)
+    + admissions. What segments take is fitted to the compute events of all layers of one size, what the step takes
+    beside to the remainders of its time.
     """
     found = [_Steps(run, neurons) for run in runs]
-    shared = {size: _shared(found, neurons, size, link_alone.copy_s_per_byte) for size in set(neurons)}
+    admit_s = _admit_s_per_byte(runs, link_alone)
+    shared = {size: _shared(found, neurons, size, admit_s) for size in set(neurons)}
     layers = [
         replace(shared[size], before_s=_median([steps.before(layer) for steps in found]))
         for layer, size in enumerate(neurons)
@@ -66,14 +70,21 @@ def computing(run: Run, neurons: Sequence[int], costs: Costs) -> NDArray[np.floa
         places = np.searchsorted(tokens, rows["token"])
         return np.bincount(places, values(rows), minlength=len(tokens)).astype(np.float64)
 
+    def of_layer(name: str, rows: NDArray[np.void]) -> NDArray[np.float64]:
+        return np.asarray(np.array([getattr(layer, name) for layer in layers])[rows["layer"]])
+
     def segments_s(rows: NDArray[np.void]) -> NDArray[np.float64]:
-        base_s, row_s = (np.array([getattr(layer, name) for layer in layers]) for name in ("segment_s", "row_s"))
         tops = np.array(run.top_rows)
         lengths = np.stack((np.array(neurons), tops, np.array(neurons) - tops))  # in the order of Part
-        return np.asarray(base_s[rows["layer"]] + row_s[rows["layer"]] * lengths[rows["part"], rows["layer"]])
+        return np.asarray(of_layer("segment_s", rows) + of_layer("row_s", rows) * lengths[rows["part"], rows["layer"]])
+
+    def transfers_s(rows: NDArray[np.void]) -> NDArray[np.float64]:
+        return of_layer("transfer_s", rows) * _begins(rows)
 
     beside_s = costs.after_s + sum(each.before_s + each.step_s + run.guessing * each.guess_s for each in layers)
     expected_s = beside_s + sums(EventKind.COMPUTE, segments_s)
+    expected_s += sums(EventKind.DEMAND, transfers_s) + sums(EventKind.PREFETCH, transfers_s)
+    expected_s += sums(EventKind.ADMIT, lambda rows: of_layer("admit_s", rows) * rows["nbytes"])
     whole = sums(EventKind.STEP, lambda rows: np.ones(len(rows))) == len(layers)  # nothing of the token was lost
     took_s = made["end_s"] - made["start_s"] - sums(EventKind.STALL, lambda rows: rows["end_s"] - rows["start_s"])
     return np.asarray((took_s / expected_s)[whole & (expected_s > 0)])
@@ -85,8 +96,8 @@ def _shared(found: Sequence[_Steps], neurons: Sequence[int], size: int, admit_s:
     parts = np.concatenate([steps.segments(layer) for steps in found for layer in layers])
     base_s, row_s = _fit(parts[:, :1], parts[:, 1])
     beside = np.concatenate([steps.beside(layer) for steps in found for layer in layers])
-    step_s, guess_s, per_segment_s = _fit(beside[:, :2], beside[:, 2])
-    return LayerCosts(0.0, step_s, guess_s, base_s + per_segment_s, row_s, admit_s)
+    step_s, guess_s, transfer_s, per_segment_s = _fit(beside[:, :3], beside[:, 3])
+    return LayerCosts(0.0, step_s, guess_s, base_s + per_segment_s, row_s, admit_s, transfer_s)
 
 
 class _Steps:
@@ -100,7 +111,9 @@ class _Steps:
         self.steps = events[events["kind"] == EventKind.STEP]
         self.ends = np.sort(events["end_s"][events["kind"] == EventKind.TOKEN])
         self.compute = events[events["kind"] == EventKind.COMPUTE]
-        self.stalls = events[events["kind"] == EventKind.STALL]
+        self.busy = events[np.isin(events["kind"], (EventKind.COMPUTE, EventKind.STALL, EventKind.ADMIT))]
+        moved = np.sort(events[np.isin(events["kind"], (EventKind.DEMAND, EventKind.PREFETCH))], order="start_s")
+        self.moved = moved[_begins(moved)]
 
     def segments(self, layer: int) -> NDArray[np.float64]:
         """`[segments, 2]`: rows and seconds of each that `layer` computed."""
@@ -111,15 +124,28 @@ class _Steps:
         return np.column_stack((rows[work["part"]], work["end_s"] - work["start_s"]))
 
     def beside(self, layer: int) -> NDArray[np.float64]:
-        """`[steps, 3]`: whether it guessed, how many segments it computed, seconds without computing and stalling."""
+        """`[steps, 4]`: whether it guessed, how many transfers it handed over and segments it computed, its seconds
+        without computing, stalling and admitting.
+        """
         steps = self.steps[self.steps["layer"] == layer]
-        work = self.compute[self.compute["layer"] == layer]
-        stalls = self.stalls[self.stalls["layer"] == layer]
+        busy = self.busy[self.busy["layer"] == layer]
+        handed = self._handed(layer, steps)
         rows = []
-        for step in steps:
-            mine, waits = work[work["token"] == step["token"]], stalls[stalls["token"] == step["token"]]
-            rows.append((self.guessing, len(mine), step["end_s"] - step["start_s"] - _length(mine) - _length(waits)))
-        return np.array(rows, np.float64).reshape(-1, 3)
+        for step, transfers in zip(steps, handed, strict=True):
+            mine = busy[busy["token"] == step["token"]]
+            segments = np.count_nonzero(mine["kind"] == EventKind.COMPUTE)
+            rows.append((self.guessing, transfers, segments, step["end_s"] - step["start_s"] - _length(mine)))
+        return np.array(rows, np.float64).reshape(-1, 4)
+
+    def _handed(self, layer: int, steps: NDArray[np.void]) -> NDArray[np.int64]:
+        """`[steps]`: demands of `layer` and guesses for the next one, which travelled since the step began and before
+        its successor did.
+        """
+        kind, of = self.moved["kind"], self.moved["layer"]
+        demands, guesses = kind == EventKind.DEMAND, kind == EventKind.PREFETCH
+        mine = demands & (of == layer) | guesses & (of == (layer + 1) % self.num_layers)
+        places = np.searchsorted(steps["start_s"], self.moved["start_s"][mine], side="right") - 1
+        return np.bincount(places[places >= 0], minlength=len(steps))
 
     def before(self, layer: int) -> NDArray[np.float64]:
         """Per step of `layer`: seconds since the layer before it ended, or since the last token was out."""
@@ -137,6 +163,24 @@ class _Steps:
         places = np.searchsorted(self.ends, last["end_s"], side="left")
         known = places < len(self.ends)
         return np.asarray(self.ends[places[known]] - last["end_s"][known], np.float64)
+
+
+def _admit_s_per_byte(runs: Sequence[Run], alone: LinkSpeed) -> float:
+    """What copies into slots took, or such a copy alone where nothing was admitted."""
+    admits = np.concatenate([run.events[run.events["kind"] == EventKind.ADMIT] for run in runs])
+    if not len(admits):
+        return alone.copy_s_per_byte
+    return float(np.quantile((admits["end_s"] - admits["start_s"]) / admits["nbytes"], _SETTLED))
+
+
+def _begins(moved: NDArray[np.void]) -> NDArray[np.bool_]:
+    """`[rows]`: whether a row of DEMAND or PREFETCH is a transfer's first. A guess that was promoted on its way counts
+    as two, because its parts are served apart.
+    """
+    keys = [moved[name].astype(np.int64) for name in ("kind", "token", "layer", "expert", "part")]
+    begins = np.zeros(len(moved), bool)
+    begins[np.unique(np.stack(keys), axis=1, return_index=True)[1]] = True
+    return begins
 
 
 def _fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[float]:

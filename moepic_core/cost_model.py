@@ -36,6 +36,8 @@ class Pieces(NamedTuple):
     top_link_s: Array
     hit_bytes: Array
     miss_bytes: Array
+    hit_handing_s: Array  # of compute, spent on the transfers of a cached top's bottom
+    miss_handing_s: Array
     top_s: Array  # of computing; 0 where there is no such segment
     bottom_s: Array
     admit_s: Array
@@ -55,6 +57,8 @@ def pieces(layer: MoeLayer, costs: LayerCosts, machine: Costs, rows: NDArray[np.
         top_link_s=top_link_s,
         hit_bytes=bottom_bytes.astype(float),
         miss_bytes=(top_bytes + bottom_bytes).astype(float),
+        hit_handing_s=has_bottom.astype(float) * costs.transfer_s,
+        miss_handing_s=(has_top.astype(float) + has_bottom) * costs.transfer_s,
         top_s=has_top * (costs.segment_s + rows * costs.row_s),
         bottom_s=has_bottom * (costs.segment_s + (layer.neurons - rows) * costs.row_s),
         admit_s=top_bytes.astype(float) * costs.admit_s,
@@ -62,7 +66,7 @@ def pieces(layer: MoeLayer, costs: LayerCosts, machine: Costs, rows: NDArray[np.
 
 
 class LayerTimes(NamedTuple):
-    compute_s: Array  # guessing, segments and admissions; the layer's `step_s` is not in it
+    compute_s: Array  # guessing, handing over, segments and admissions; the layer's `step_s` is not in it
     stall_s: Array
     demand_s: Array  # for which the link is busy behind the router's answer
     prefetch_s: Array  # for which it was before
@@ -79,8 +83,12 @@ def layer_times(size: Pieces, guess_s: float, machine: Costs, found: Found, wind
     right_s = found.guessed_hits * size.hit_link_s + found.guessed_misses * size.miss_link_s
     wrong_s = found.wrong_hits * size.hit_link_s + (found.wrong - found.wrong_hits) * size.miss_link_s
     whole_s = size.top_s + size.bottom_s
+    # Truly the next layer's guesses are handed over here; these stand for them, so that a layer is judged on its own.
+    handing_s = (found.hits + found.wrong_hits) * size.hit_handing_s
+    handing_s = handing_s + (found.misses + found.wrong - found.wrong_hits) * size.miss_handing_s
     ready_s = (
         guess_s
+        + handing_s
         + found.hits * size.top_s
         + found.guessed_hits * size.bottom_s
         + found.guessed_misses * whole_s

@@ -20,6 +20,7 @@ class LayerCosts:
     segment_s: float  # of computing one segment, however short it is
     row_s: float  # more for each neuron of a segment
     admit_s: float  # of copying one arrived top into its slot, per byte
+    transfer_s: float  # of handing one transfer over, and what serving it takes from whoever computes
 
 
 @dataclass(frozen=True)

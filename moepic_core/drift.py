@@ -8,7 +8,7 @@ line, and no rehearsal is needed. What tokens need other experts for than planne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +95,4 @@ def forecast_error(costs: Costs, drifts: Sequence[Drift]) -> float:
 
 
 def _times(layer: LayerCosts, factor: float) -> LayerCosts:
-    return LayerCosts(*(value * factor for value in (
-        layer.before_s, layer.step_s, layer.guess_s, layer.segment_s, layer.row_s, layer.admit_s,
-    )))  # fmt: skip
+    return LayerCosts(*(value * factor for value in astuple(layer)))

@@ -164,7 +164,7 @@ class Engine:
             self.steering.keep()
             self.residency.close()
             self.residency.store.close()
-            self.hf.forget()
+            self.hf.close()
 
     def __enter__(self) -> Engine:
         return self

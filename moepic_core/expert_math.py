@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .row_sums import pays_for, sum_rows
+
 Combine = Callable[[Tensor, Tensor], Tensor]  # (gate [t, rows], up [t, rows]) -> [t, rows]
 
 
@@ -52,25 +54,32 @@ class ExpertMath:
         return hidden_states[F.pad(tokens, (0, padded(len(tokens)) - len(tokens)))]
 
     def segment(self, x: Tensor, weights: Tensor, expert: int, start_row: int) -> Tensor:
-        """What neurons from `start_row` on add: x from `prepare`, weights `[rows, matrices, hidden]` → `[t, hidden]`.
+        """What neurons from `start_row` on add: x from `prepare` or `gather`, weights `[rows, matrices, hidden]` →
+        `[t, hidden]`, or for one token one or more rows whose sum it is.
 
         Matrices are read with the record's stride; that costs under 10 % against contiguous ones (docs/LOG.md).
         """
+        active = self._active(x, weights, expert, start_row)
+        if pays_for(active):
+            return sum_rows(active.view(-1), weights)
+        return torch.mm(active, weights[:, -1])
+
+    def _active(self, x: Tensor, weights: Tensor, expert: int, start_row: int) -> Tensor:
+        """What these neurons say, before it is weighed by their columns of `down`: `[t, rows]`."""
         num_rows, _, hidden = weights.shape
         if x.shape[1] != hidden:
             assert self.combine is not None
-            gate_and_up = weights.view(num_rows, -1)[:, : 2 * hidden]
+            gate_and_up = weights.as_strided((num_rows, 2 * hidden), (3 * hidden, 1))
             gate, up = F.linear(x, gate_and_up).chunk(2)
-            return torch.mm(self.combine(gate, up), weights[:, 2])
+            return self.combine(gate, up)
         rows = slice(start_row, start_row + num_rows)
         up_bias = None if self.up_bias is None else self.up_bias[expert, rows]
+        up = F.linear(x, weights[:, -2], up_bias)
         if self.combine is not None:
-            gate, up, down = weights.unbind(1)
             gate_bias = None if self.gate_bias is None else self.gate_bias[expert, rows]
-            return torch.mm(self.combine(F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)), down)
+            return self.combine(F.linear(x, weights[:, 0], gate_bias), up)
         assert self.activation is not None
-        up, down = weights.unbind(1)
-        return torch.mm(self.activation(F.linear(x, up, up_bias)), down)
+        return self.activation(up)
 
 
 def padded(rows: int) -> int:
@@ -92,18 +101,20 @@ class PairSum:
         self.hidden_states = hidden_states
         self.top_k_index = top_k_index
         self.k = k
-        self.rows: list[list[Tensor]] = [[] for _ in range(k)] if tokens == 1 else []  # per pair: `[1, hidden]` each
+        self.rows: list[list[Tensor]] = [[] for _ in range(k)] if tokens == 1 else []  # per pair `[parts, hidden]` each
         self.pairs: Tensor | None = None
         if tokens != 1:
             self.pairs = hidden_states.new_zeros((tokens * k, hidden_states.shape[1]), dtype=torch.float32)
 
     def add(self, y: Tensor, pair_index: Tensor | int) -> None:
-        """Adds the first t rows of y to the pairs at `pair_index` (`[t]`, or one number when there is one token)."""
+        """Adds y from `segment` to the pairs at `pair_index` (`[t]`, or one number when there is one token)."""
         if isinstance(pair_index, int):
             self.rows[pair_index].append(y)
         else:
             assert self.pairs is not None
-            self.pairs.index_add_(0, pair_index, y[: len(pair_index)].float())
+            only = len(pair_index) == 1
+            y = y.sum(0, keepdim=True, dtype=torch.float32) if only else y[: len(pair_index)].float()
+            self.pairs.index_add_(0, pair_index, y)
 
     def total(self, top_k_weights: Tensor, down_bias: Tensor | None) -> Tensor:
         """Weighted sum over k in float32, rounded once: `[tokens, hidden]` in the input's dtype."""
@@ -116,9 +127,11 @@ class PairSum:
 
     def _sum_of_rows(self) -> Tensor:
         """`[k, hidden]` in float32. A pair without any row is zero."""
-        num_parts = max(1, *map(len, self.rows))
-        if any(len(row) < num_parts for row in self.rows):
-            none = self.hidden_states.new_zeros((1, self.hidden_states.shape[1]))
+        num_segments = max(1, *map(len, self.rows))
+        if any(len(row) < num_segments for row in self.rows):
+            given = next((y for row in self.rows for y in row), self.hidden_states)
+            none = torch.zeros_like(given)
             for row in self.rows:
-                row.extend([none] * (num_parts - len(row)))
-        return functools.reduce(torch.add, [torch.cat(part).float() for part in zip(*self.rows, strict=True)])
+                row.extend([none] * (num_segments - len(row)))
+        sums = [torch.stack(part).sum(1, dtype=torch.float32) for part in zip(*self.rows, strict=True)]
+        return functools.reduce(torch.add, sums)

@@ -1,8 +1,8 @@
 """The host tier: a complete, immutable copy of all expert records, in RAM or in a packed file.
 
-Filled once while the model loads, one layer at a time, then only read. Because it never changes and misses nothing,
-evicting from the device is forgetting. `source()` describes a segment for a transfer; nothing here copies toward the
-device.
+Filled once while the model loads, one fused tensor at a time, then only read. Because it never changes and misses
+nothing, evicting from the device is forgetting. `source()` describes a segment for a transfer; nothing here copies
+toward the device.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,27 +31,41 @@ from .transfer.pinning import Pinned, pin
 from .units import align, format_bytes
 
 _MAGIC = "moepic-packed-1"
+_NUM_FUSED = 2  # tensors per layer: into the neurons, and down
+_NUM_PACKERS = 2  # one thread touches fresh memory more slowly than a disk brings it (docs/LOG.md)
 
 
 class HostStore(Protocol):
-    complete: bool  # True: `add_layer` is not needed (a packed file from an earlier start)
+    complete: bool  # True: `add` is not needed (a packed file from an earlier start)
     notice: str | None  # something that the user should know, such as memory that could not be pinned
 
-    def add_layer(self, layer: int, fused: Mapping[str, Tensor], layout: FusedLayout) -> None:
-        """Packs one layer from its two fused tensors (shapes: `FusedLayout.shapes`)."""
+    def add(self, layer: int, name: str, fused: Tensor, layout: FusedLayout) -> None:
+        """Takes the fused tensor `name` of a layer (shape: `FusedLayout.shapes`), which nobody may change any more."""
 
     def seal(self) -> None:
-        """Called once after the last layer: from here on the store is complete and immutable."""
+        """Called once after the last tensor: from here on the store is complete and immutable."""
 
     def source(self, layer: int, expert: int, segment: Segment) -> Source: ...
 
     def close(self) -> None: ...
 
 
+class _Job(NamedTuple):
+    """A fused tensor that is being packed into its layer's records `[experts * stride]`."""
+
+    layer: int
+    name: str
+    fused: Tensor
+    layout: FusedLayout
+    records: Tensor
+
+
 class RamStore:
     """Records in host memory; page-locked when `pinned`, so that a GPU reads them at full speed.
 
-    When pinning fails the memory stays pageable and `notice` says so.
+    When pinning fails the memory stays pageable and `notice` says so. A tensor is packed by threads while the caller
+    reads the next one: one at a time, so that no more than these two are in memory. What packing raises comes out of
+    the next `add`, or of `seal`.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, pinned: bool) -> None:
@@ -61,20 +76,23 @@ class RamStore:
         self._want_pinned = pinned
         self._pins: list[Pinned] = []
         self._records: list[Tensor | None] = [None] * len(self.layers)
+        self._packed: list[set[str]] = [set() for _ in self.layers]  # names of a layer's tensors
+        self._packers = ThreadPoolExecutor(_NUM_PACKERS, thread_name_prefix="moepic-pack")
+        self._job: _Job | None = None
+        self._packing: list[Future[None]] = []
 
-    def add_layer(self, layer: int, fused: Mapping[str, Tensor], layout: FusedLayout) -> None:
-        geometry = self.layers[layer]
-        stride = record_stride(geometry)
-        records = aligned_bytes(geometry.num_experts * stride)  # [experts * stride]
-        for expert in range(geometry.num_experts):
-            record = rows_of(records[expert * stride :], geometry, self.dtype, 0, geometry.neurons)
-            pack_expert(record, fused[layout.input_name][expert], fused["down_proj"][expert], layout)
-        self._records[layer] = records
-        if self._want_pinned:
-            self._pin(records)
+    def add(self, layer: int, name: str, fused: Tensor, layout: FusedLayout) -> None:
+        self._finish()
+        geometry, records = self.layers[layer], self._records[layer]
+        if records is None:
+            self._records[layer] = records = aligned_bytes(geometry.num_experts * record_stride(geometry))
+        self._job = _Job(layer, name, fused, layout, records)
+        self._packing = [self._packers.submit(self._pack, first) for first in range(_NUM_PACKERS)]
 
     def seal(self) -> None:
-        missing = [position for position, records in enumerate(self._records) if records is None]
+        self._finish()
+        self._packers.shutdown()
+        missing = [layer for layer, names in enumerate(self._packed) if len(names) < _NUM_FUSED]
         assert not missing, f"layers {missing} were never packed"
         self.complete = True
 
@@ -85,10 +103,32 @@ class RamStore:
         return MemorySource(records[base + segment.start : base + segment.stop])
 
     def close(self) -> None:
+        self._packers.shutdown()
         for pinned in self._pins:
             pinned.release()
         self._pins.clear()
         self._records = [None] * len(self.layers)
+
+    def _finish(self) -> None:
+        """Waits for what is being packed, and lets go of it."""
+        for packing in self._packing:
+            packing.result()
+        job, self._job, self._packing = self._job, None, []
+        if job is None:
+            return
+        self._packed[job.layer].add(job.name)
+        if self._want_pinned and len(self._packed[job.layer]) == _NUM_FUSED:
+            self._pin(job.records)
+
+    def _pack(self, first: int) -> None:
+        """Every second expert from `first` on. The job is no argument, since an executor lets go of those late."""
+        job = self._job
+        assert job is not None
+        geometry = self.layers[job.layer]
+        stride = record_stride(geometry)
+        for expert in range(first, geometry.num_experts, _NUM_PACKERS):
+            record = rows_of(job.records[expert * stride :], geometry, self.dtype, 0, geometry.neurons)
+            pack_expert(record, job.name, job.fused[expert], job.layout)
 
     def _pin(self, records: Tensor) -> None:
         pinned = pin(records)
@@ -124,6 +164,7 @@ class DiskStore:
         self._starts = [start + sum(sizes[:position]) for position in range(len(sizes))]
         self.file_bytes = start + sum(sizes)
         self._missing = set(range(len(self.layers)))
+        self._waiting: dict[int, dict[str, Tensor]] = {}  # layer to tensors that came before the other one
         self._fd: int | None = None
         self._direct = False
         self._writer: int | None = None
@@ -132,15 +173,21 @@ class DiskStore:
             if not self.complete:
                 self._create()
 
-    def add_layer(self, layer: int, fused: Mapping[str, Tensor], layout: FusedLayout) -> None:
+    def add(self, layer: int, name: str, fused: Tensor, layout: FusedLayout) -> None:
+        parts = self._waiting.setdefault(layer, {})
+        parts[name] = fused
+        if len(parts) < _NUM_FUSED:
+            return
         geometry = self.layers[layer]
         buffer = aligned_bytes(record_stride(geometry))
         buffer[geometry.expert_bytes :].zero_()
         record = rows_of(buffer, geometry, self.dtype, 0, geometry.neurons)
         with self._refusals():
             for expert in range(geometry.num_experts):
-                pack_expert(record, fused[layout.input_name][expert], fused["down_proj"][expert], layout)
+                for part, tensor in parts.items():
+                    pack_expert(record, part, tensor[expert], layout)
                 self._write(buffer.numpy().data, self._starts[layer] + expert * buffer.numel())
+        del self._waiting[layer]
         self._missing.remove(layer)
 
     def seal(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .budgets import OF_EXPERTS, budget_bytes
 from .cost_fit import Run
 from .costs import LinkSpeed
 from .engine import Engine
@@ -31,8 +32,10 @@ def measure_link(engine: Engine) -> LinkSpeed:
         return probe_link(engine.residency)
 
 
-def rehearse(engine: Engine, seconds: float, **changes: Any) -> Run:
+def rehearse(engine: Engine, seconds: float, experts: str = "100%", **changes: Any) -> Run:
     """Makes a few tokens under other live settings and returns what was recorded; then all is as before.
+
+    `experts` says how many may be cached, where the budget in force allows as many.
 
     The session's telemetry, eviction history and predictions do not notice, but the KV memory and what was cached are
     gone. Raises Cancelled after `request_stop`.
@@ -40,7 +43,8 @@ def rehearse(engine: Engine, seconds: float, **changes: Any) -> Run:
     settings = engine.settings.replace(**changes)
     with engine.turn.between_replies():
         engine.turn.stop.clear()
-        plan, rehearsed = engine.plan, uniform_plan(settings, engine.needs, engine.plan.memory.budget)
+        plan, budget = engine.plan, budget_bytes(f"{experts} {OF_EXPERTS}", engine.needs, 0)
+        rehearsed = uniform_plan(settings, engine.needs, min(budget, plan.memory.budget))
         with engine.residency.rehearsal(rehearsed):
             engine.hf.forget()
             telemetry = engine.residency.telemetry

@@ -96,6 +96,14 @@ class ModelConfig:
         return name
 
     @property
+    def is_untied(self) -> bool:
+        """Whether the config says that token embedding and output head are two tables. Silence does not say so, since
+        families differ in what it means, nor do two parts that disagree.
+        """
+        said = [part.get("tie_word_embeddings") for part in (self._outer, self._values)]
+        return False in said and all(value in (None, False) for value in said)
+
+    @property
     def quantization(self) -> str | None:
         """Method by which the weights were quantized, or None when they were not."""
         for part in (self._outer, self._values):

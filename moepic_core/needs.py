@@ -51,9 +51,9 @@ def check_memory(settings: Settings, spec: ModelSpec, machine: MachineProfile, l
     """
     settings.most_guesses(spec.top_k)
     budget_bytes(settings.vram, needs_of(settings, spec, machine), free_for_budget(machine, link, spec))
-    if link.kind != "disk" and spec.expert_bytes > machine.host_free_bytes:
+    if link.kind != "disk" and spec.host_bytes > machine.host_free_bytes:
         raise OutOfRoom(
-            f"the experts need {format_bytes(spec.expert_bytes)} of host memory and "
+            f"the host copy of the weights needs {format_bytes(spec.host_bytes)} of host memory and "
             f"{format_bytes(machine.host_free_bytes)} is free; use link 'disk' (device cpu), close other "
             f"programs or choose a smaller checkpoint"
         )
@@ -63,5 +63,5 @@ def free_for_budget(machine: MachineProfile, link: Link, spec: ModelSpec) -> int
     """Bytes that budget `auto` may take: what was free before loading, less headroom, less the copy in the same
     memory.
     """
-    copy = spec.expert_bytes if link.kind == "emulated" else 0
+    copy = spec.host_bytes if link.kind == "emulated" else 0
     return max(0, int(machine.device_free_bytes * HEADROOM) - copy)

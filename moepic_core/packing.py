@@ -39,27 +39,25 @@ class FusedLayout:
         return {self.input_name: into, "down_proj": out}
 
 
-def pack_expert(record: Tensor, first: Tensor, down: Tensor, layout: FusedLayout) -> None:
-    """Writes one expert into `record` `[neurons, matrices, hidden]`, converting to its dtype.
+def pack_expert(record: Tensor, name: str, weight: Tensor, layout: FusedLayout) -> None:
+    """Writes what one fused tensor says of one expert into `record` `[neurons, matrices, hidden]`, in its dtype.
 
-    `first` is this expert's slice of gate_up_proj or up_proj, `down` that of down_proj, both laid out as `layout` says.
+    `weight` is this expert's slice of the fused tensor `name`, laid out as `layout` says.
     """
-    if layout.is_transposed:
-        first = first.t()  # [rows, hidden]
-    else:
-        down = down.t()  # [neurons, hidden]
+    is_down = name == "down_proj"
+    if is_down != layout.is_transposed:
+        weight = weight.t()  # [rows, hidden]
     neurons = record.shape[0]
-    if layout.has_gate:
-        if layout.is_concatenated:
-            gate, up = first[:neurons], first[neurons:]
-        else:
-            gate, up = first[0::2], first[1::2]
-        record[:, 0].copy_(gate)
-        record[:, 1].copy_(up)
-        record[:, 2].copy_(down)
+    if is_down:
+        record[:, -1].copy_(weight)
+    elif not layout.has_gate:
+        record[:, 0].copy_(weight)
+    elif layout.is_concatenated:
+        record[:, 0].copy_(weight[:neurons])
+        record[:, 1].copy_(weight[neurons:])
     else:
-        record[:, 0].copy_(first)
-        record[:, 1].copy_(down)
+        record[:, 0].copy_(weight[0::2])
+        record[:, 1].copy_(weight[1::2])
 
 
 def aligned_bytes(nbytes: int) -> Tensor:

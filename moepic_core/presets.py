@@ -29,6 +29,7 @@ _OPS_MLP = 6
 _OPS_ROUTER = 5
 _OPS_STEP = 10  # routes to the host, partial results, weighted sum
 _OPS_SEGMENT = 5
+_OPS_TRANSFER = 3  # a copy, and an event on either side
 _OPS_AFTER = 20  # norm, head, sampling, embedding
 
 
@@ -80,7 +81,7 @@ class Model:
 
     @property
     def resident_weights(self) -> int:
-        """All but routed experts; embedding and head are two matrices in every model here."""
+        """All but routed experts; embedding and head are two matrices in every model here, the former on the host."""
         moe_layer = self.router_weights + self.shared_weights + self.bias_weights
         return (
             self.num_layers * self.attention_weights
@@ -162,10 +163,10 @@ def spec_of(model: Model) -> ModelSpec:
         path="", name=model.title, model_type="preset", architecture="preset", dtype="bfloat16",
         num_layers=model.num_layers, moe_layers=layers, top_k=model.top_k, hidden=model.hidden,
         vocab_size=model.vocab_size, context_length=model.context_length,
-        resident_bytes=model.resident_weights * itemsize,
+        resident_bytes=(model.resident_weights - model.vocab_size * model.hidden) * itemsize,
         kv_bytes_per_token=model.num_layers * model.kv_values * itemsize, num_parameters=num_parameters,
         active_parameters=model.num_parameters(model.top_k), file_bytes=num_parameters * itemsize, shards=(),
-        fingerprint=f"preset {model.name}",
+        fingerprint=f"preset {model.name}", token_tables=("model.embed_tokens.weight", "lm_head.weight"),
     )  # fmt: skip
 
 
@@ -204,6 +205,7 @@ def costs_for(model: Model, machine: Machine) -> Costs:
         segment_s=seconds(0, _OPS_SEGMENT),
         row_s=seconds(3 * model.hidden, 0),
         admit_s=seconds(2 / ITEMSIZE, 0),  # each byte is read and written
+        transfer_s=seconds(0, _OPS_TRANSFER),
     )
     first = replace(layer, before_s=layer.before_s + model.num_dense_layers * dense_s)
     return Costs(

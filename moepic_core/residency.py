@@ -18,7 +18,6 @@ import torch
 from .activation_matrices import ActivationMatrices
 from .arena import Arena
 from .device_cache import LayerCache, Slot
-from .errors import MoepicError
 from .eviction import EvictionPolicy, make_policy
 from .geometry import record_stride
 from .host_store import HostStore
@@ -121,27 +120,7 @@ class Residency:
 
         Raises Cancelled and TransferFailed; what had not arrived by then is not cached, and the books balance.
         """
-        for layer, (cache, policy) in enumerate(zip(self.caches, self.policies, strict=True)):
-            missing = [expert for expert in policy.ranking(self.token) if cache.find(expert) is None]
-            loads = []
-            for expert in missing:
-                slot = cache.free_slot()
-                if slot is None:
-                    break
-                cache.claim(slot, expert)
-                loads.append((slot, self.loads.into_slot(layer, slot)))
-            for place, (slot, ticket) in enumerate(loads):
-                try:
-                    ticket.wait(self.cancelled)
-                except MoepicError:
-                    for waiting, travelling in loads[place:]:
-                        self.transfer.cancel(travelling)
-                        travelling.settle()
-                        cache.forget(waiting)
-                    raise
-                cache.arrived(slot)
-                cache.release(slot, None)
-        self.loads.discard()
+        self.loads.fill([policy.ranking(self.token) for policy in self.policies], self.cancelled)
 
     def empty(self) -> None:
         """Nothing is cached, guessed or known of earlier tokens; `apply` must follow."""

@@ -1,7 +1,7 @@
-"""One layer of the simulated engine: which tops its slots hold, and what its segments weigh and cost.
+"""One layer of the simulated residency: which tops its slots hold, and what its segments weigh and cost.
 
-`simulated_engine` owns one per layer. It stands for `device_cache` and the layer's part of `residency`: bytes are those
-of `geometry`, seconds those of `LayerCosts`, victims the policy's. Also keeps the layer's counters.
+`simulated_residency` owns one per layer. It stands for `device_cache` and the layer's part of `residency`: bytes are
+those of `geometry`, seconds those of `LayerCosts`, victims the policy's. Also keeps the layer's counters.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from .costs import Breakdown, Costs
 from .guesses import completed
 from .routing import RoutingTrace
-from .simulated_engine import SimulatedEngine
+from .simulated_residency import SimulatedResidency
+from .simulated_step import run_token
 from .spec import MoeLayer, Plan
 from .trace import EVENT, Outcome
 
@@ -65,33 +66,33 @@ def simulate(
     assert shape == (trace.experts.shape[1], list(trace.num_experts)), (shape, trace.num_experts)
     assert len(plan.layers) == len(costs.layers) == len(layers), (len(plan.layers), len(costs.layers), len(layers))
     assert 0 <= warm_up < trace.num_tokens, f"{warm_up} tokens of warm-up, {trace.num_tokens} tokens in the trace"
-    engine = SimulatedEngine(plan, costs, layers, with_events)
+    residency = SimulatedResidency(plan, costs, layers, with_events)
     if earlier is not None:
-        engine.remember(earlier)
+        residency.remember(earlier)
     if plan.predictor == "next-router":
         trace, _ = completed(trace, costs.guess_accuracy)
     experts, guesses, replies = trace.experts.tolist(), trace.guesses.tolist(), trace.replies.tolist()
     starts_s = []
     for token, reply in enumerate(replies):
         if token == warm_up:
-            engine.count_from_here()
-        starts_s.append(engine.now_s)
+            residency.count_from_here()
+        starts_s.append(residency.now_s)
         if token == 0 or reply != replies[token - 1]:
-            engine.begin_reply(reply)
+            residency.begin_reply(reply)
         goes_on = token + 1 < len(replies) and replies[token + 1] == reply
-        engine.run_token(experts[token], [*guesses[token][1:], guesses[token + 1][0] if goes_on else []])
+        run_token(residency, experts[token], [*guesses[token][1:], guesses[token + 1][0] if goes_on else []])
         if not goes_on:
-            engine.forget_guesses()
-    engine.check()
-    token_s = np.diff([*starts_s[warm_up:], engine.now_s])
-    return _figures(engine, costs, token_s, f"simulated, costs {costs.source}, trace {trace.source}")
+            residency.forget_guesses()
+    residency.check()
+    token_s = np.diff([*starts_s[warm_up:], residency.now_s])
+    return _figures(residency, costs, token_s, f"simulated, costs {costs.source}, trace {trace.source}")
 
 
-def _figures(engine: SimulatedEngine, costs: Costs, token_s: NDArray[np.float64], source: str) -> Simulation:
-    link, num_tokens = engine.link, len(token_s)
-    outcomes = np.array([layer.outcomes for layer in engine.layers])
+def _figures(residency: SimulatedResidency, costs: Costs, token_s: NDArray[np.float64], source: str) -> Simulation:
+    link, num_tokens = residency.link, len(token_s)
+    outcomes = np.array([layer.outcomes for layer in residency.layers])
     shares = outcomes.sum(axis=0) / outcomes.sum()
-    stall_s = np.array([layer.stall_s for layer in engine.layers])
+    stall_s = np.array([layer.stall_s for layer in residency.layers])
     before_s = sum(layer.before_s for layer in costs.layers)
     stall_of_token_s = float(stall_s.sum()) / num_tokens
     link_bytes = link.demand_bytes + link.prefetch_bytes
@@ -105,9 +106,9 @@ def _figures(engine: SimulatedEngine, costs: Costs, token_s: NDArray[np.float64]
         partial_hit_rate=float(shares[Outcome.PARTIAL]),
         miss_rate=float(shares[Outcome.MISS]),
         link_bytes=link_bytes / num_tokens,
-        wasted_s=link.busy_s / num_tokens * engine.wasted_bytes / max(1, link_bytes),
+        wasted_s=link.busy_s / num_tokens * residency.wasted_bytes / max(1, link_bytes),
     )
     return Simulation(
-        token_s, breakdown, outcomes, stall_s, link.demand_bytes, link.prefetch_bytes, engine.used_bytes,
-        engine.wasted_bytes, engine.predictor.accuracy(), np.array(engine.rows, EVENT), source,
+        token_s, breakdown, outcomes, stall_s, link.demand_bytes, link.prefetch_bytes, residency.used_bytes,
+        residency.wasted_bytes, residency.predictor.accuracy(), np.array(residency.rows, EVENT), source,
     )  # fmt: skip

@@ -61,18 +61,35 @@ class ModelSpec:
     hidden: int
     vocab_size: int
     context_length: int
-    resident_bytes: int  # everything but routed experts, in `dtype`
+    resident_bytes: int  # everything but what the host tier holds, in `dtype`
     kv_bytes_per_token: int  # estimate from the config; the engine measures it after loading
     num_parameters: int
     active_parameters: int  # used by one token
     file_bytes: int
     shards: tuple[str, ...]  # file names
     fingerprint: str  # changes when any file changes
+    token_tables: tuple[str, ...] = ()  # tensors of token embedding and output head where they are two; see below
 
     @cached_property
     def expert_bytes(self) -> int:
         """Bytes of all routed experts."""
         return sum(layer.layer_bytes for layer in self.moe_layers)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of the token embedding where it lives on the host tier: not tied to the output head, so that a token
+        needs one row of it (`hf.embedding`). 0 where it is a part of `resident_bytes`.
+        """
+        return self.vocab_size * self.hidden * self.moe_layers[0].itemsize if self.token_tables else 0
+
+    def with_embedding_on_device(self) -> ModelSpec:
+        """For a model whose code turned out not to allow the host tier."""
+        return dataclasses.replace(self, resident_bytes=self.resident_bytes + self.embedding_bytes, token_tables=())
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes on the host tier: all routed experts, and the token embedding where it lives there."""
+        return self.expert_bytes + self.embedding_bytes
 
     @cached_property
     def largest_layer_bytes(self) -> int:

@@ -9,50 +9,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from types import TracebackType
-from typing import NamedTuple
-
-from torch import Tensor
 
 from .device_cache import Slot, SlotState
 from .errors import Cancelled
 from .packing import rows_of
+from .pieces import Need, Pending, Piece, PieceQueue
 from .residency import Residency
 from .staging import StagingBuffer
 from .trace import EventKind, Outcome, Part
-from .transfer.base import Priority, Ticket
-
-
-class Piece(NamedTuple):
-    """One segment, ready to compute with."""
-
-    expert: int
-    start_row: int
-    weights: Tensor  # [rows, matrices, hidden]
-
-
-class _Need:
-    """One needed expert while its layer runs."""
-
-    __slots__ = ("expert", "left", "slot", "staged", "top_ticket", "was_guess")
-
-    def __init__(self, expert: int) -> None:
-        self.expert = expert
-        self.slot: Slot | None = None
-        self.staged: StagingBuffer | None = None
-        self.top_ticket: Ticket | None = None  # of a demand that travels straight into the slot
-        self.was_guess = False
-        self.left = 0  # pieces not computed yet
-
-
-class _Part(NamedTuple):
-    need: _Need
-    start_row: int
-    tickets: Sequence[Ticket]  # all must be done before its weights may be read
-
-    def arrived(self) -> bool:
-        return all(ticket.done for ticket in self.tickets)
+from .transfer.base import Priority
 
 
 class Step:
@@ -63,15 +30,13 @@ class Step:
         self.residency = residency
         self.layer = layer
         self.cache = residency.caches[layer]
-        self.open: dict[int, _Need] = {}
+        self.open: dict[int, Need] = {}
         self._whole: list[Slot] | None = None  # of all needed experts, when nothing has to be brought
         self._bounds_s: list[float] = []  # between the computations from them
         self._protected: Collection[int] = counts if residency.decode else self.open
-        self._ready: deque[_Part] = deque()
-        self._arriving: list[_Part] = []
-        self._waiting: deque[_Need] = deque()  # for a staging buffer
+        self._pending = PieceQueue()
+        self._waiting: deque[Need] = deque()  # for a staging buffer
         self._counts = counts
-        self._waited = False
         self._start_s = time.perf_counter()
 
     def __enter__(self) -> Step:
@@ -86,13 +51,14 @@ class Step:
 
     def __iter__(self) -> Iterator[Piece]:
         if self._whole is not None:
+            self.residency.transfer.start()
             self._bounds_s.append(time.perf_counter())
             for slot in self._whole:
                 yield Piece(slot.expert, 0, slot.weights)
                 self._bounds_s.append(self._computed_s())
-        while self._ready or self._arriving:
-            need, start_row, _ = part = self._next()
-            piece = Piece(need.expert, start_row, self._weights(part))
+        while self._pending:
+            need, piece = self._next()
+            self.residency.transfer.start()
             start_s = time.perf_counter()
             yield piece
             self._computed(piece, start_s)
@@ -110,7 +76,7 @@ class Step:
         if self._whole is not None:
             assert kind is not None or len(self._bounds_s) > len(self._whole), (len(self._bounds_s), len(self._whole))
             self._finish_whole()
-        if self._waited:
+        if self._pending.waited:
             self.residency.loads.report_stalls(telemetry, token)
         telemetry.event(EventKind.STEP, self.layer, -1, Part.WHOLE, self._start_s, time.perf_counter(), 0, token)
 
@@ -136,7 +102,7 @@ class Step:
     def _classify(self, expert: int) -> Outcome:
         """Registers the need, takes what is already on the device, and says how much that is."""
         staging, cache = self.residency.staging, self.cache
-        need = self.open[expert] = _Need(expert)
+        need = self.open[expert] = Need(expert)
         whole = cache.geometry.neurons
         need.slot = cache.find(expert)
         if need.slot is not None:
@@ -155,7 +121,7 @@ class Step:
             return Outcome.HIT
         return Outcome.PARTIAL if top_here and cache.top_rows > 0 else Outcome.MISS
 
-    def _demand(self, need: _Need) -> None:
+    def _demand(self, need: Need) -> None:
         """Starts what is missing, tops first, and queues the need's pieces."""
         residency, rows, whole = self.residency, self.cache.top_rows, self.cache.geometry.neurons
         top_missing = rows > 0 and need.slot is None and (need.staged is None or need.staged.top is None)
@@ -166,13 +132,13 @@ class Step:
                 need.top_ticket = residency.loads.into_slot(self.layer, need.slot)
                 top_missing = False
         if need.slot is not None:
-            self._queue(need, 0, () if need.top_ticket is None else (need.top_ticket,))
+            self._pending.add(Pending(need, 0, () if need.top_ticket is None else (need.top_ticket,)))
         if need.staged is not None:
             self._queue_staged(need)
         elif top_missing or rows < whole:
             self._stage(need, with_top=top_missing)
 
-    def _stage(self, need: _Need, with_top: bool) -> None:
+    def _stage(self, need: Need, with_top: bool) -> None:
         """Demands into a staging buffer; a guess gives its buffer up, and without any the need waits for its own
         kind.
         """
@@ -186,44 +152,27 @@ class Step:
         self.residency.loads.into_staging(need.staged, Priority.DEMAND, with_top)
         self._queue_staged(need)
 
-    def _queue_staged(self, need: _Need) -> None:
+    def _queue_staged(self, need: Need) -> None:
         assert need.staged is not None
         if need.staged.top is not None and need.slot is None:
-            self._queue(need, 0, (need.staged.top,))
+            self._pending.add(Pending(need, 0, (need.staged.top,)))
         if self.cache.top_rows < self.cache.geometry.neurons:
-            self._queue(need, self.cache.top_rows, need.staged.tickets())
+            self._pending.add(Pending(need, self.cache.top_rows, need.staged.tickets()))
 
-    def _queue(self, need: _Need, start_row: int, tickets: Sequence[Ticket]) -> None:
-        need.left += 1
-        if tickets:
-            self._arriving.append(_Part(need, start_row, tickets))
-        else:
-            self._ready.append(_Part(need, start_row, tickets))
-
-    def _next(self) -> _Part:
-        """The next piece whose data is here; waits only when nothing is. On CUDA it is the device that waits."""
-        if self._ready:
-            return self._ready.popleft()
-        position = next((place for place, part in enumerate(self._arriving) if part.arrived()), 0)
-        part = self._arriving[position]
-        self._waited = True
-        for ticket in part.tickets:
-            ticket.wait(self.residency.cancelled)
-        if self.residency.precise:  # else computing would seem to begin while the device still waits
-            self.residency.transfer.fence().wait()
-        del self._arriving[position]
-        slot = part.need.slot
-        if slot is not None and slot.state is SlotState.ARRIVING and part.start_row == 0:
-            self.cache.arrived(slot)
-        return part
-
-    def _weights(self, part: _Part) -> Tensor:
-        need, geometry, rows = part.need, self.cache.geometry, self.cache.top_rows
-        if part.start_row == 0 and need.slot is not None:
-            return need.slot.weights
+    def _next(self) -> tuple[Need, Piece]:
+        """The next piece whose data is here, and whose it is."""
+        residency, geometry, rows = self.residency, self.cache.geometry, self.cache.top_rows
+        need, start_row, tickets = self._pending.next(residency.cancelled)
+        if tickets and residency.precise:  # else computing would seem to begin while the device still waits
+            residency.transfer.fence().wait()
+        if start_row == 0 and need.slot is not None:
+            if need.slot.state is SlotState.ARRIVING:
+                self.cache.arrived(need.slot)
+            return need, Piece(need.expert, 0, need.slot.weights)
         assert need.staged is not None
-        stop_row = rows if part.start_row == 0 and rows > 0 else geometry.neurons
-        return rows_of(need.staged.buffer, geometry, self.residency.dtype, part.start_row, stop_row)
+        stop_row = rows if start_row == 0 and rows > 0 else geometry.neurons
+        weights = rows_of(need.staged.buffer, geometry, residency.dtype, start_row, stop_row)
+        return need, Piece(need.expert, start_row, weights)
 
     def _computed_s(self) -> float:
         """When the piece that was handed out last had been computed, or was on its way through the device."""
@@ -250,7 +199,7 @@ class Step:
             EventKind.COMPUTE, self.layer, piece.expert, part, start_s, now_s, 0, self.residency.token
         )
 
-    def _finish(self, need: _Need) -> None:
+    def _finish(self, need: Need) -> None:
         """The expert is computed: its slot may be evicted again, its buffer serves the next."""
         residency = self.residency
         del self.open[need.expert]
@@ -272,17 +221,24 @@ class Step:
 
     def _admit(self, staged: StagingBuffer) -> None:
         """Copies a newcomer's top from staging into a slot, on the device, if the policy gives it one."""
-        slot = self.residency.room_for_top(self.layer, staged.expert, self._protected)
-        if slot is not None:
-            slot.buffer.copy_(staged.buffer[: slot.buffer.numel()])
-            self.cache.arrived(slot)
-            self.cache.release(slot, self.residency.transfer.fence())
+        residency = self.residency
+        slot = residency.room_for_top(self.layer, staged.expert, self._protected)
+        if slot is None:
+            return
+        start_s, nbytes = time.perf_counter(), slot.buffer.numel()
+        slot.buffer.copy_(staged.buffer[:nbytes])
+        self.cache.arrived(slot)
+        self.cache.release(slot, residency.transfer.fence())
+        end_s = self._computed_s()
+        residency.telemetry.event(
+            EventKind.ADMIT, self.layer, staged.expert, Part.TOP, start_s, end_s, nbytes, residency.token
+        )
 
     def _abandon_all(self) -> None:
         for need in list(self.open.values()):
             self._abandon(need)
 
-    def _abandon(self, need: _Need) -> None:
+    def _abandon(self, need: Need) -> None:
         residency = self.residency
         del self.open[need.expert]
         fence = residency.transfer.fence()

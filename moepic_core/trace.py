@@ -29,6 +29,7 @@ class EventKind(IntEnum):
     WASTED = 5  # prefetched bytes were forgotten unused (an instant)
     TOKEN = 6  # a new token was made, since the token before it or the start of the reply
     STEP = 7  # a layer's experts were at work: from its router's answer until the last of them was computed
+    ADMIT = 8  # a top that had arrived was copied into its slot, on the device
 
 
 class Part(IntEnum):

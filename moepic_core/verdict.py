@@ -21,7 +21,7 @@ def judge(spec: ModelSpec, needs: Needs, machine: MachineProfile, link: str) -> 
     """Compares what the model needs with what is free now. A machine without a GPU has one memory for both tiers."""
     device = format_bytes(machine.device_free_bytes)
     kind = parse_link(link, machine.device).kind
-    on_host = 0 if kind == "disk" else spec.expert_bytes
+    on_host = 0 if kind == "disk" else spec.host_bytes
     shared = machine.device == "cpu"
     free_for_host = machine.host_free_bytes - (needs.smallest if shared else 0)
     free_for_all = int(machine.device_free_bytes * HEADROOM) - (on_host if shared else 0)
@@ -33,7 +33,7 @@ def judge(spec: ModelSpec, needs: Needs, machine: MachineProfile, link: str) -> 
     if on_host > free_for_host:
         return Verdict(
             "will not run",
-            f"will not run over this link: its experts need {format_bytes(on_host)} of host memory, "
+            f"will not run over this link: its host copy needs {format_bytes(on_host)} of host memory, "
             f"{format_bytes(max(0, free_for_host))} is free; a CPU device with link 'disk' needs none",
         )
     if needs.everything <= free_for_all:

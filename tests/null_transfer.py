@@ -92,6 +92,9 @@ class NullTransfer:
         self._open.append(ticket)
         return ticket
 
+    def start(self) -> None:
+        """Tests say when something moves."""
+
     def promote(self, ticket: Ticket) -> None:
         assert isinstance(ticket, NullTicket), ticket
         if ticket.priority is Priority.PREFETCH and not ticket.done:

@@ -47,7 +47,8 @@ class Rig:
         for position, layer in enumerate(self.spec.moe_layers):
             shapes = layout.shapes(layer)
             self.fused.append({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
-            store.add_layer(position, self.fused[-1], layout)
+            for name, tensor in self.fused[-1].items():
+                store.add(position, name, tensor, layout)
         store.seal()
         self.transfer = transfer if transfer is not None else NullTransfer()
         self.needs = Needs(self.spec.moe_layers, TOP_K, resident=0, kv=0, workspace=0)

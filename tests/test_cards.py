@@ -50,6 +50,22 @@ def test_the_model_card_says_whether_it_runs(machine: MachineProfile, step: str,
     assert ("Size", "8.2 B parameters, 1.9 B active, 16.4 GB in bfloat16") in card["facts"]
 
 
+@pytest.mark.parametrize(
+    ("link", "tables", "text"),
+    [
+        ("pcie4x16", (), "14.5 GB in RAM, "),
+        ("pcie4x16", ("a", "b"), "14.5 GB in RAM with 131 MB of token embeddings, "),
+        ("disk", (), "14.5 GB in a file on disk, none of it in RAM"),
+        ("disk", ("a", "b"), "none of it in RAM; token embeddings (131 MB) are read from the checkpoint"),
+    ],
+)
+def test_the_model_card_says_what_is_not_on_the_device(link: str, tables: tuple[str, ...], text: str) -> None:
+    made = preview(link=link)
+    assert made.spec is not None
+    made = replace(made, spec=replace(made.spec, token_tables=tables))
+    assert text in dict(cards.model_card(made)["facts"])["Experts"]
+
+
 def test_a_checkpoint_that_is_not_here_yet() -> None:
     absent = Preview(Settings.create(checkpoint="org/absent"), CPU, parse_link("auto", "cpu"))
     assert cards.model_card(absent)["step"] == "download"

@@ -67,9 +67,12 @@ def test_bytes_are_those_of_the_model_in_memory(family: str, checkpoints: Callab
     ]
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}  # tied tensors once
     assert spec.expert_bytes == sum(weight.nbytes for weight in experts)
-    assert spec.resident_bytes == sum(tensor.nbytes for tensor in tensors.values()) - spec.expert_bytes
-    assert spec.num_parameters * 4 == spec.resident_bytes + spec.expert_bytes
-    assert spec.active_parameters * 4 == spec.resident_bytes + spec.expert_bytes * spec.top_k // 8
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert spec.embedding_bytes == (0 if tied else model.get_input_embeddings().weight.nbytes)
+    assert spec.resident_bytes + spec.host_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert spec.num_parameters * 4 == spec.resident_bytes + spec.host_bytes
+    idle = spec.expert_bytes * (8 - spec.top_k) // 8
+    assert spec.active_parameters == spec.num_parameters - idle // 4
 
     cache = DynamicCache(config=model.config)
     num_tokens = 8

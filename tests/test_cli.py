@@ -69,8 +69,8 @@ def test_inspect_describes_model_and_machine(moepic: Moepic, folder: Path) -> No
     assert first.startswith(f"{folder.name}  (Qwen3MoeForCausalLM, float32, 1 files, ")
     labels = [line[:16].strip() for line in rest]
     assert labels == [
-        "parameters", "layers", "experts", "expert weights", "other weights", "KV per token", "machine",
-        "smallest budget", "verdict",
+        "parameters", "layers", "experts", "expert weights", "other weights", "token embedding",
+        "KV per token", "machine", "smallest budget", "verdict",
     ]  # fmt: skip
     assert "4, of which 3 with experts" in run.out
     assert "8 per layer, 2 per token, 24 neurons each, 9.22 kB" in run.out

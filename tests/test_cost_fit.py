@@ -13,17 +13,23 @@ from moepic_core.cost_fit import Run, bursts, computing, fit_costs
 from moepic_core.costs import LinkSpeed
 from moepic_core.trace import EVENT, Coverage, EventKind, Part, TracePhase
 
-BEFORE, STEP, GUESS, SEGMENT, ROW, AFTER = 1e-3, 2e-4, 5e-5, 3e-5, 1e-6, 4e-3
+BEFORE, STEP, GUESS, SEGMENT, ROW, AFTER, TRANSFER, ADMIT = 1e-3, 2e-4, 5e-5, 3e-5, 1e-6, 4e-3, 7e-5, 3e-10
 NEURONS = 100
 LINK = LinkSpeed(bytes_per_s=1e9, latency_s=1e-5, copy_s_per_byte=1e-10, host_bytes_per_s=1e10)
 
 
-def run(top_rows: int, guessing: bool, layers: int = 3, tokens: int = 6, stall: float = 0.0, moved: int = 0) -> Run:
-    """Tokens of which every second one uses two experts as top and bottom, the others two whole ones."""
+def run(
+    top_rows: int, guessing: bool, layers: int = 3, tokens: int = 6, stall: float = 0.0, moved: int = 0, loads: int = 0
+) -> Run:
+    """Tokens of which every second one uses two experts as top and bottom, the others two whole ones. With `loads`
+    none to two transfers are handed over in each step.
+    """
     rows, now = [], 10.0
 
-    def put(kind: EventKind, layer: int, part: int, start: float, end: float, nbytes: int, token: int) -> None:
-        rows.append((kind, TracePhase.DECODE, part, layer, -1, 1, token, nbytes, start, end))
+    def put(
+        kind: EventKind, layer: int, part: int, start: float, end: float, nbytes: int, token: int, expert: int = -1
+    ) -> None:
+        rows.append((kind, TracePhase.DECODE, part, layer, expert, 1, token, nbytes, start, end))
 
     put(EventKind.TOKEN, -1, 0, now - 1, now, 0, -1)
     for token in range(tokens):
@@ -40,6 +46,18 @@ def run(top_rows: int, guessing: bool, layers: int = 3, tokens: int = 6, stall: 
                 size = {Part.TOP: top_rows, Part.BOTTOM: NEURONS - top_rows, Part.WHOLE: NEURONS}[part]
                 put(EventKind.COMPUTE, layer, part, now, now + SEGMENT + ROW * size, 0, token)
                 now += SEGMENT + ROW * size
+            for expert in range(loads * (token + layer) % 3):
+                # One in two chunks, of this layer; or a guess for the next one, whose first layer is the next token's.
+                arrived, after = now + TRANSFER + LINK.latency_s, (layer + 1) % layers
+                if guessing and expert:
+                    put(EventKind.PREFETCH, after, 0, arrived, arrived + 1e-6, 1000, token + (after == 0), expert)
+                else:
+                    put(EventKind.DEMAND, layer, 0, start + 1e-6, start + 2e-6, 1000, token, expert)
+                    put(EventKind.DEMAND, layer, 0, start + 2e-6, start + 3e-6, 1000, token, expert)
+                now += TRANSFER
+                if guessing:
+                    put(EventKind.ADMIT, layer, 1, now, now + 4096 * ADMIT, 4096, token, expert)
+                    now += 4096 * ADMIT
             put(EventKind.STEP, layer, 0, start, now, 0, token)
             if moved:
                 put(EventKind.DEMAND, layer, 0, start, start + moved / 5e8, moved, token)
@@ -60,6 +78,17 @@ def test_known_costs_come_back() -> None:
     assert costs.after_s == pytest.approx(AFTER, rel=1e-6)
     assert (costs.link_bytes_per_s, costs.link_latency_s, costs.chunk_bytes) == (1e9, 1e-5, 4096)
     assert costs.source == "measured"
+
+
+def test_what_transfers_and_admissions_cost_is_told_apart() -> None:
+    runs = [run(30, False, tokens=9, loads=1), run(30, True, tokens=9, loads=1), run(70, True, tokens=9, loads=1)]
+    costs = fit_costs(runs, [NEURONS] * 3, 4096, LINK)
+    found = (STEP, GUESS, SEGMENT, ROW, ADMIT, TRANSFER)
+    for layer in costs.layers:
+        names = (layer.step_s, layer.guess_s, layer.segment_s, layer.row_s, layer.admit_s, layer.transfer_s)
+        assert names == pytest.approx(found, rel=1e-6)
+    for each in runs:
+        assert computing(each, [NEURONS] * 3, costs) == pytest.approx(np.ones(9), rel=0.01)
 
 
 def test_scores_of_all_runs_count_together() -> None:

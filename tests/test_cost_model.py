@@ -22,7 +22,7 @@ from moepic_core.workload import Found, LayerTokens, Workload, replay, workload
 
 # Ten neurons of one alignment unit each: on this machine an expert travels for 10 s and computes for 1 s.
 LAYER = MoeLayer(0, num_experts=4, neurons=10, hidden=1024, matrices=1, itemsize=4)
-COSTS = LayerCosts(before_s=3.0, step_s=0.0, guess_s=0.0, segment_s=0.0, row_s=0.1, admit_s=0.0)
+COSTS = LayerCosts(before_s=3.0, step_s=0.0, guess_s=0.0, segment_s=0.0, row_s=0.1, admit_s=0.0, transfer_s=0.0)
 MACHINE = Costs((COSTS,), 0.0, link_bytes_per_s=4096, link_latency_s=0.0, chunk_bytes=4096, source="measured")
 
 
@@ -80,10 +80,11 @@ def test_guesses(
 
 
 def test_overheads_are_counted() -> None:
-    costs = LayerCosts(0, 0, guess_s=0.5, segment_s=0.25, row_s=0.1, admit_s=1 / 4096)
+    costs = LayerCosts(0, 0, guess_s=0.5, segment_s=0.25, row_s=0.1, admit_s=1 / 4096, transfer_s=0.125)
     machine = dataclasses.replace(MACHINE, link_latency_s=2.0)
     result = times(5, 100, costs, machine, hits=1, misses=2, guessed_misses=1, admitted=1)
-    assert result.compute_s == pytest.approx(0.5 + 3 * (2 * 0.25 + 1) + 5)  # guess, three experts, one copied top
+    # A guess, three experts, one copied top; a bottom and two whole experts in two transfers each.
+    assert result.compute_s == pytest.approx(0.5 + 3 * (2 * 0.25 + 1) + 5 + 5 * 0.125)
     assert result.prefetch_s == pytest.approx(10 + 2 * 2)  # two transfers
     assert result.demand_s == pytest.approx(5 + 2 + 10 + 2 * 2)
 
@@ -118,7 +119,7 @@ machines = st.builds(
     Costs, st.just((COSTS,)), st.just(0.0), st.floats(100, 1e6), st.floats(0, 2), st.sampled_from([4096, 1 << 20]),
     st.just("measured"),
 )  # fmt: skip
-steps = st.builds(LayerCosts, *[st.floats(0, 3)] * 5, st.just(0.0))
+steps = st.builds(LayerCosts, *[st.floats(0, 3)] * 5, st.just(0.0), st.floats(0, 3))
 
 
 @given(situations(), machines, steps, st.integers(1, 10), st.floats(0, 50), st.floats(0, 50), st.floats(1, 20))
@@ -197,7 +198,7 @@ def test_all_resident_costs_no_link_time() -> None:
     assert result.stall_s == 0 and result.hit_rate > 0.99  # an expert's first use is a miss
     assert result.link_s < 1e-5
     experts_s = len(toy.layers) * (1e-5 + toy.top_k * 2.5e-5)
-    assert result.experts_s == pytest.approx(experts_s)  # and nobody asks the next router
+    assert result.experts_s == pytest.approx(experts_s, rel=0.01)  # and nobody asks the next router
 
 
 def plan_for(toy: Toy, share: float, **settings: object) -> Plan:

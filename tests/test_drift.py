@@ -35,7 +35,7 @@ def reply(tokens: int, compute: float, link: float, number: int = 1) -> np.ndarr
         for layer, cost in enumerate(COSTS.layers):
             now += compute * cost.before_s
             start = now
-            now += compute * (cost.step_s + cost.guess_s) + STALL_S
+            now += compute * (cost.step_s + cost.guess_s + 2 * cost.transfer_s) + STALL_S
             put(EventKind.STALL, layer, 0, start, start + STALL_S, 0, token)
             for part, length in ((Part.WHOLE, 40), (Part.TOP, TOP_ROWS), (Part.BOTTOM, 40 - TOP_ROWS)):
                 end = now + compute * (cost.segment_s + length * cost.row_s)
@@ -61,7 +61,8 @@ def plan_predicting(seconds: float | None) -> Plan:
 
 def token_s(compute: float) -> float:
     first = COSTS.layers[0]
-    layer_s = first.before_s + first.step_s + first.guess_s + 3 * first.segment_s + 80 * first.row_s
+    layer_s = first.before_s + first.step_s + first.guess_s + 2 * first.transfer_s
+    layer_s += 3 * first.segment_s + 80 * first.row_s
     return compute * (NUM_LAYERS * layer_s + COSTS.after_s) + NUM_LAYERS * STALL_S
 
 

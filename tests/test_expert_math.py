@@ -76,7 +76,7 @@ def run(math: ExpertMath, records: Tensor, cuts: list[int], one_by_one: bool) ->
     """The sum over segments that end at `cuts`; token by token as in decoding, or all at once as in prefill."""
     outputs = []
     for tokens in [[token] for token in range(TOKENS)] if one_by_one else [list(range(TOKENS))]:
-        x, routes = X[tokens], ROUTES[tokens]
+        x, routes = X[tokens].to(records.dtype), ROUTES[tokens]
         total = PairSum(x, routes)
         for expert in routes.unique().tolist():
             pairs = (routes.reshape(-1) == expert).nonzero()[:, 0]
@@ -97,6 +97,27 @@ def test_segments_add_up_to_eager(kind: str, cuts: list[int], one_by_one: bool) 
     expected, found = eager(math, records), run(math, records, cuts, one_by_one)
     error = (found.double() - expected).abs() / expected.abs().max()
     assert error.max() < TOLERANCE, f"largest relative difference {error.max():.1e}, mean {error.mean():.1e}"
+
+
+@pytest.mark.parametrize("one_by_one", [True, False], ids=["decode", "prefill"])
+@pytest.mark.parametrize("kind", ["gated", "clamped with biases", "ungated"])
+def test_half_precision_stays_near_eager(kind: str, one_by_one: bool) -> None:
+    """Of one token the last product is a sum of rows."""
+    math, cuts = KINDS[kind], [10]
+    records = records_of(math).bfloat16()
+    rounded = ExpertMath(math.combine, math.activation)
+    expected, found = eager(rounded, records), run(rounded, records, cuts, one_by_one)
+    error = (found.double() - expected).abs() / expected.abs().max()
+    assert error.max() < 0.02, f"largest relative difference {error.max():.1e}, mean {error.mean():.1e}"
+
+
+def test_an_expert_of_one_token_in_a_prompt_adds_what_it_adds_alone() -> None:
+    math, x = KINDS["gated"], X[:2].bfloat16()
+    weights = records_of(math).bfloat16()[0]
+    alone, together = PairSum(x[:1], torch.tensor([[0]])), PairSum(x, torch.tensor([[0], [1]]))
+    alone.add(math.segment(x[:1], weights, 0, 0), 0)
+    together.add(math.segment(math.gather(x, torch.tensor([0])), weights, 0, 0), torch.tensor([0]))
+    assert torch.equal(alone.total(torch.ones(1, 1), None), together.total(torch.ones(2, 1), None)[:1])
 
 
 def test_a_segment_reads_a_strided_record_in_place() -> None:

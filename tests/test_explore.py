@@ -31,7 +31,7 @@ from moepic_core.trace import EVENT, EventKind, TracePhase, decoded
 SETTINGS = Settings.create(checkpoint="small")
 NEEDS = Needs(LAYERS, 2, 10_000, 5_000, 2_000)
 COSTS = Costs(
-    tuple(LayerCosts(1e-4, 1e-5, 1e-5, 1e-5, 1e-7, 1e-10) for _ in LAYERS), 1e-4, 1e8, 1e-5, 1 << 16, "estimated"
+    tuple(LayerCosts(1e-4, 1e-5, 1e-5, 1e-5, 1e-7, 1e-10, 1e-6) for _ in LAYERS), 1e-4, 1e8, 1e-5, 1 << 16, "estimated"
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moepic_core.arena import Arena
@@ -26,6 +27,22 @@ def load(folder: Path, **settings: object) -> Engine:
     return Engine.load(
         Settings.create(checkpoint=str(folder), device="cuda", context_length=96, prefill_chunk=7, **settings)
     )
+
+
+def test_rows_of_the_token_embedding_come_from_the_host_without_waiting(checkpoints: Callable[..., Path]) -> None:
+    table = load_file(checkpoints("qwen3_moe") / "model.safetensors")["model.embed_tokens.weight"]
+    with load(checkpoints("qwen3_moe")) as engine:
+        embedding = engine.hf.embedding
+        assert embedding is not None
+        tokens = torch.tensor([PROMPT], device="cuda")
+        embedding.expect(tokens, PROMPT)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            rows = embedding(tokens)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert rows.device.type == "cuda"
+        assert torch.equal(rows.cpu()[0], table[PROMPT])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])

@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from moepic_core import host_store
 from moepic_core.errors import BadCheckpoint, MoepicError, OutOfRoom
 from moepic_core.geometry import record_stride, segment
 from moepic_core.host_store import DiskStore, HostStore, RamStore, check_layout, default_packed_folder
@@ -40,9 +44,15 @@ def fused_of(layer: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+def add(store: HostStore, layer: int, like: int | None = None) -> None:
+    """A layer of random weights, or those of layer `like` once more."""
+    for name, tensor in fused_of(layer if like is None else like).items():
+        store.add(layer, name, tensor, LAYOUT)
+
+
 def fill(store: HostStore) -> HostStore:
     for layer in range(len(LAYERS)):
-        store.add_layer(layer, fused_of(layer), LAYOUT)
+        add(store, layer)
     store.seal()
     return store
 
@@ -51,7 +61,8 @@ def expected_record(layer: int, expert: int) -> Tensor:
     """The record's bytes, packed directly."""
     geometry, fused = LAYERS[layer], fused_of(layer)
     record = rows_of(aligned_bytes(geometry.expert_bytes), geometry, DTYPE, 0, geometry.neurons)
-    pack_expert(record, fused["gate_up_proj"][expert], fused["down_proj"][expert], LAYOUT)
+    for name, tensor in fused.items():
+        pack_expert(record, name, tensor[expert], LAYOUT)
     return record.reshape(-1).view(torch.uint8)
 
 
@@ -74,6 +85,10 @@ def assert_complete(store: HostStore) -> None:
                     rows,
                 )
     transfer.close()
+
+
+def packers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("moepic-pack")}
 
 
 def names(folder: Path) -> list[str]:
@@ -105,6 +120,67 @@ def test_memory_holds_every_segment(pinned: bool, monkeypatch: pytest.MonkeyPatc
     store.close()
 
 
+def test_a_tensor_is_packed_beside_the_reading_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`add` comes back at once; the next `add` waits, and `seal` leaves no thread."""
+    before, go, packed = packers(), threading.Event(), list[str]()
+
+    def wait(record: Tensor, name: str, *rest: Any) -> None:
+        assert go.wait(60)
+        packed.append(name)
+        pack_expert(record, name, *rest)
+
+    monkeypatch.setattr(host_store, "pack_expert", wait)
+    store = RamStore(SPEC, DTYPE, pinned=False)
+    store.add(0, "gate_up_proj", fused_of(0)["gate_up_proj"], LAYOUT)
+    assert not packed
+    go.set()
+    store.add(0, "down_proj", fused_of(0)["down_proj"], LAYOUT)
+    assert packed[:3] == ["gate_up_proj"] * 3  # all three experts
+    add(store, 1)
+    store.seal()
+    assert_complete(store)
+    assert packers() <= before
+    store.close()
+
+
+def test_a_packed_tensor_is_let_go_of() -> None:
+    """Its memory is the next one's: at most one is being packed while one is read."""
+    store, added = RamStore(SPEC, DTYPE, pinned=False), list[weakref.ref[Tensor]]()
+    for layer in range(len(LAYERS)):
+        fused = fused_of(layer)
+        for name in list(fused):
+            added.append(weakref.ref(fused[name]))
+            store.add(layer, name, fused.pop(name), LAYOUT)
+            assert [ref() is None for ref in added] == [True] * (len(added) - 1) + [False]
+    store.seal()
+    assert [ref() for ref in added] == [None] * 4
+    store.close()
+
+
+def test_what_packing_raises_comes_out_of_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(host_store, "pack_expert", fail)
+    before, store = packers(), RamStore(SPEC, DTYPE, pinned=False)
+    tensor = fused_of(0)["down_proj"]
+    store.add(0, "down_proj", tensor, LAYOUT)
+    for call in (lambda: store.add(0, "down_proj", tensor, LAYOUT), store.seal):
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            call()
+    store.close()
+    assert packers() <= before
+
+
+def test_a_layer_that_lacks_a_tensor_is_not_complete() -> None:
+    store = RamStore(SPEC, DTYPE, pinned=False)
+    add(store, 0)
+    store.add(1, "down_proj", fused_of(1)["down_proj"], LAYOUT)
+    with pytest.raises(AssertionError, match=r"layers \[1\] were never packed"):
+        store.seal()
+    store.close()
+
+
 def test_pinning_ends_at_the_first_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer counts for itself: what was pinned stays pinned and is released with the store."""
     pins: list[FakePin] = []
@@ -121,7 +197,7 @@ def test_pinning_ends_at_the_first_refusal(monkeypatch: pytest.MonkeyPatch) -> N
     three = replace(SPEC, moe_layers=(LAYERS[0],) * 3)
     store = RamStore(three, DTYPE, pinned=True)
     for layer in range(3):
-        store.add_layer(layer, fused_of(0), LAYOUT)
+        add(store, layer, like=0)
     store.seal()
     assert len(pins) == 2
     assert store.notice is not None
@@ -221,7 +297,7 @@ def test_another_checkpoint_or_dtype_has_its_own_file(spec: ModelSpec, dtype: to
 
 def test_a_killed_start_leaves_only_a_partial_that_the_next_one_overwrites(tmp_path: Path) -> None:
     killed = DiskStore(SPEC, DTYPE, tmp_path)
-    killed.add_layer(1, fused_of(1), LAYOUT)
+    add(killed, 1)
     assert killed._writer is not None
     os.close(killed._writer)  # as the kernel does
     assert names(tmp_path) == [".partial"]
@@ -236,10 +312,10 @@ def test_a_killed_start_leaves_only_a_partial_that_the_next_one_overwrites(tmp_p
 
 def test_two_starts_at_once_do_not_write_into_each_other(tmp_path: Path) -> None:
     first = DiskStore(SPEC, DTYPE, tmp_path)
-    first.add_layer(0, fused_of(0), LAYOUT)
+    add(first, 0)
     with pytest.raises(MoepicError, match=r"\.partial is being written by another MoEpic; wait until that is done"):
         DiskStore(SPEC, DTYPE, tmp_path)
-    first.add_layer(1, fused_of(1), LAYOUT)
+    add(first, 1)
     first.seal()
     assert_complete(first)
     first.close()
@@ -347,7 +423,7 @@ def test_a_file_system_without_direct_reads(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_a_forgotten_layer_is_a_mistake_of_ours(kind: str, tmp_path: Path) -> None:
     store: HostStore = RamStore(SPEC, DTYPE, False) if kind == "memory" else DiskStore(SPEC, DTYPE, tmp_path)
-    store.add_layer(1, fused_of(1), LAYOUT)
+    add(store, 1)
     with pytest.raises(AssertionError, match=r"layers \[0\] were never packed"):
         store.seal()
     store.close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from moepic_core import lazy_tensors
 from moepic_core.errors import BadCheckpoint, Cancelled
-from moepic_core.lazy_tensors import LazyTensors, ReadAhead
+from moepic_core.lazy_tensors import Buffers, LazyTensors, ReadAhead
 from moepic_core.safetensors_header import read_header
 from moepic_core.shards import read_tensors
 
@@ -127,3 +129,48 @@ def test_read_files_can_be_dropped_from_the_page_cache(file: Path, monkeypatch: 
     assert dropped == [(0, 0, os.POSIX_FADV_DONTNEED)]  # one file, however many tensors
     file.unlink()
     tensors.forget()  # a file that is gone is forgotten already
+
+
+def test_memory_of_tensors_that_are_gone_is_lent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy_tensors, "SPARE_BYTES", 16)
+    buffers = Buffers()
+
+    def places(*sizes: int) -> list[int]:
+        """Where tensors of these sizes lie that exist side by side, for a moment."""
+        return [tensor.data_ptr() for tensor in [buffers.take(size) for size in sizes]]
+
+    up, down = places(32, 16)
+    assert places(16, 32) == [down, up]
+    kept = buffers.take(32)
+    assert kept.data_ptr() == up
+    part = kept[5:].view(torch.int8)
+    del kept
+    assert places(32) != [up]  # a view is using it
+    del part
+    assert places(32) == [up]
+
+
+def test_few_buffers_stay_and_none_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy_tensors, "SPARE_BYTES", 16)
+    buffers = Buffers()
+    made: list[weakref.ref[torch.Tensor]] = []
+    make = torch.empty
+
+    def remember(*arguments: Any, **options: Any) -> torch.Tensor:
+        memory = make(*arguments, **options)
+        made.append(weakref.ref(memory))
+        return memory
+
+    def alive() -> list[int]:
+        return [memory.numel() for memory in (ref() for ref in made) if memory is not None]
+
+    monkeypatch.setattr(torch, "empty", remember)
+    tensors = [buffers.take(size) for size in (16, 17, 18)]
+    while tensors:
+        tensors.pop(0)
+    assert alive() == [17, 18]
+    last = buffers.take(18)
+    buffers.close()
+    assert alive() == [18]
+    del last
+    assert alive() == []

@@ -51,7 +51,8 @@ def test_every_layout_and_dtype_packs_neuron_by_neuron(
     for expert in range(EXPERTS):
         buffer = aligned_bytes(layer.expert_bytes)
         record = rows_of(buffer, layer, dtype, 0, NEURONS)
-        pack_expert(record, fused[layout.input_name][expert], fused["down_proj"][expert], layout)
+        for name, tensor in fused.items():
+            pack_expert(record, name, tensor[expert], layout)
         *into, down = (matrix[expert].to(dtype) for matrix in matrices)
         for neuron in range(NEURONS):
             row = torch.stack([*(matrix[neuron] for matrix in into), down[:, neuron]])  # [matrices, hidden]

@@ -112,30 +112,40 @@ def test_other_families(
         assert_same(engine, references(family))
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_as_close_to_float32_as_eager_is(
-    dtype: str, checkpoints: Callable[..., Path], references: Callable[[str], Reference], tmp_path: Path
+    dtype: str, family: str, checkpoints: Callable[..., Path], references: Callable[[str], Reference], tmp_path: Path
 ) -> None:
-    exact = references("qwen3_moe").logits
+    exact = references(family).logits
     with torch.inference_mode():
         eager = (
             AutoModelForCausalLM.from_pretrained(
-                checkpoints("qwen3_moe"), dtype=getattr(torch, dtype), experts_implementation="eager"
+                checkpoints(family), dtype=getattr(torch, dtype), experts_implementation="eager"
             )
             .eval()(torch.tensor([PROMPT]))
             .logits[0]
             .float()
         )
-    with load(checkpoints("qwen3_moe"), tmp_path, link="pcie4x16", dtype=dtype, split=0.4) as engine:
+    with load(checkpoints(family), tmp_path, link="pcie4x16", dtype=dtype, split=0.4) as engine:
         engine.residency.begin_pass(len(PROMPT))
-        ours = engine.hf.forward(PROMPT, all_logits=True).float()
-    assert float((ours - exact).abs().mean()) <= 1.2 * float((eager - exact).abs().mean())
+        together = engine.hf.forward(PROMPT, all_logits=True)
+        engine.hf.forget()
+        one_by_one = []
+        for token in PROMPT:
+            engine.residency.begin_pass(1)
+            one_by_one.append(engine.hf.forward([token]))
+    for ours in (together, torch.stack(one_by_one)):
+        assert float((ours.float() - exact).abs().mean()) <= 1.2 * float((eager - exact).abs().mean())
 
 
-def test_bit_identical_over_links_budgets_and_policies(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bit_identical_over_links_budgets_and_policies(
+    dtype: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
     found = []
     for link in ("disk", "emulated:50MB/s", "pcie5x16"):
-        with load(checkpoints("olmoe"), tmp_path, link=link, split=0.5) as engine:
+        with load(checkpoints("olmoe"), tmp_path, link=link, dtype=dtype, split=0.5) as engine:
             for vram in budgets(engine):
                 for eviction in ("lcp", "lru"):
                     engine.reconfigure(vram=vram, eviction=eviction)

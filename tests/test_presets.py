@@ -46,7 +46,7 @@ def test_parameters_are_the_published_ones(name: str) -> None:
     total, active = PUBLISHED[name]
     assert spec.num_parameters / 1e9 == pytest.approx(total, rel=0.005)
     assert spec.active_parameters / 1e9 == pytest.approx(active, rel=0.03)
-    assert spec.num_parameters * 2 == spec.resident_bytes + spec.expert_bytes == spec.file_bytes
+    assert spec.num_parameters * 2 == spec.resident_bytes + spec.host_bytes == spec.file_bytes
 
 
 def test_the_papers_expert() -> None:

@@ -188,7 +188,7 @@ def test_a_state_keeps_the_folders_that_it_has_loaded(tmp_path: Path, state: Sta
 
 LAYERS = (MoeLayer(0, 4, 64, 64, 3, 2), MoeLayer(1, 4, 64, 64, 3, 2))
 NEEDS = Needs(LAYERS, 2, 1000, 1000, 1000)
-COSTS = Costs((LayerCosts(1e-4, 1e-5, 1e-5, 1e-5, 1e-7, 1e-10),) * 2, 1e-4, 10**8, 1e-5, 1 << 20, "measured")
+COSTS = Costs((LayerCosts(1e-4, 1e-5, 1e-5, 1e-5, 1e-7, 1e-10, 1e-6),) * 2, 1e-4, 10**8, 1e-5, 1 << 20, "measured")
 
 
 def test_forecasts_are_made_once_for_each_age_and_the_old_one_holds_meanwhile() -> None:

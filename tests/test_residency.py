@@ -17,7 +17,8 @@ from null_transfer import NullTransfer
 from rig import NUM_EXPERTS, NUM_LAYERS, Rig, inputs
 
 from moepic_core.errors import Cancelled, TransferFailed
-from moepic_core.step import Piece, Step
+from moepic_core.pieces import Piece
+from moepic_core.step import Step
 from moepic_core.trace import EventKind, Outcome, Part
 
 

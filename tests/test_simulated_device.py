@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fake_cuda
+import numpy as np
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from numpy.typing import NDArray
 from rig import NUM_LAYERS, Rig, inputs
 
 from moepic_core import assembly
 from moepic_core.engine import Engine
 from moepic_core.errors import DeviceFailed, TransferFailed
 from moepic_core.events import Done
+from moepic_core.hf.experts import ExpertLayer
 from moepic_core.hf.text import Sampling
-from moepic_core.spec import Settings
+from moepic_core.spec import STRATEGIES, Settings
 from moepic_core.trace import EventKind
 from moepic_core.transfer.cuda import CudaTransfer
 
@@ -137,6 +140,59 @@ def test_an_engine_generates_over_a_simulated_device(
     monkeypatch.setattr(assembly, "_transfer", lambda link, where: CudaTransfer(where, CHUNK_BYTES))
     assert reply(link="emulated:16GB/s", split=0.4) == expected
     assert min(waited[1]) > 0
+
+
+@pytest.mark.parametrize("strategy", ["mixtral-offloading", "moe-infinity", "on-demand"])
+def test_a_layer_waits_once_for_the_device_and_decides_as_on_a_cpu(
+    strategy: str, checkpoints: Callable[..., Path], device: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading the chosen experts waits; guesses come with them."""
+    num_waits: list[int] = []  # of each layer of each token
+
+    def layer(self: ExpertLayer, *inputs: torch.Tensor) -> torch.Tensor:
+        num_waits.append(0)
+        with monkeypatch.context() as patch:
+            for name in ("tolist", "item", "__int__", "__bool__", "__float__", "numpy"):
+                patch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+            return real_layer(self, *inputs)
+
+    def counted(read: Callable[..., object]) -> Callable[..., object]:
+        def wait(tensor: torch.Tensor) -> object:
+            num_waits[-1] += 1
+            return read(tensor)
+
+        return wait
+
+    def decode(waits: bool) -> tuple[torch.Tensor, NDArray[np.void]]:
+        given = Settings.create(
+            checkpoint=str(checkpoints("qwen3_moe")), device="cpu", link="emulated:16GB/s", strategy=strategy,
+            context_length=64,
+        )  # fmt: skip
+        with Engine.load(given) as engine:
+            engine.reconfigure(vram=(engine.needs.smallest + engine.needs.everything) // 2)
+            for module in engine.hf.model.modules():
+                if hasattr(module, "moepic_layer"):
+                    module.moepic_layer.waits = waits
+            num_waits.clear()
+            logits = []
+            for token in PROMPT:
+                engine.residency.begin_pass(1)
+                logits.append(engine.hf.forward([token]))
+                engine.residency.end_pass()
+            return torch.stack(logits), engine.residency.telemetry.trace().routing
+
+    monkeypatch.setattr(assembly, "_transfer", lambda link, where: CudaTransfer(where, CHUNK_BYTES))
+    real_layer = ExpertLayer.__call__
+    monkeypatch.setattr(ExpertLayer, "__call__", layer)
+    asks_router = STRATEGIES[strategy].predictor == "next-router"
+    logits, routing = decode(waits=True)
+    assert set(num_waits) == {1}
+    logits_of_cpu, routing_of_cpu = decode(waits=False)
+    assert max(num_waits) == (2 if asks_router else 1)
+    assert torch.equal(logits, logits_of_cpu)
+    for column in ("experts", "guesses"):
+        assert (routing[column] == routing_of_cpu[column]).all()
+    assert (routing["guesses"] >= 0).any() == asks_router  # in a first request there is none to compare with
 
 
 def test_a_device_that_fails_while_it_computes_ends_the_reply_with_one_sentence(

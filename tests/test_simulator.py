@@ -15,7 +15,8 @@ from rig import NUM_EXPERTS, NUM_LAYERS, TOP_K, Rig, model_spec
 from moepic_core.costs import Costs, LayerCosts
 from moepic_core.geometry import top_rows
 from moepic_core.routing import RoutingTrace
-from moepic_core.simulated_engine import SimulatedEngine
+from moepic_core.simulated_residency import SimulatedResidency
+from moepic_core.simulated_step import run_token
 from moepic_core.simulator import Simulation, simulate
 from moepic_core.spec import LayerPlan, MemoryPlan, Plan
 from moepic_core.step import Step
@@ -23,7 +24,7 @@ from moepic_core.trace import EventKind, Part
 
 LAYERS = model_spec().moe_layers  # 40 neurons, a record of 16 KiB: 4 alignment units
 # Computation takes no time and layers are far apart: what is guessed has landed before its layer runs.
-FAR_APART = Costs((LayerCosts(1000.0, 0, 0, 0, 0, 0),) * NUM_LAYERS, 1000.0, 4096.0, 0.0, 4096, "measured")
+FAR_APART = Costs((LayerCosts(1000.0, 0, 0, 0, 0, 0, 0),) * NUM_LAYERS, 1000.0, 4096.0, 0.0, 4096, "measured")
 
 
 def plan(split: float, slots: int, staging: int = 2 * TOP_K, **changes: object) -> Plan:
@@ -64,7 +65,7 @@ def random_routing(tokens: int, seed: int) -> RoutingTrace:
 
 
 def by_residency(
-    trace: RoutingTrace, chosen: Plan, compare: SimulatedEngine | None = None, earlier: RoutingTrace | None = None
+    trace: RoutingTrace, chosen: Plan, compare: SimulatedResidency | None = None, earlier: RoutingTrace | None = None
 ) -> Rig:
     """The real residency over the same routing, with guesses that land before their layer runs."""
     rig = Rig(NullTransfer())
@@ -97,13 +98,13 @@ def by_residency(
         if compare is not None:
             if new_reply:
                 compare.begin_reply(replies[token])
-            compare.run_token(experts, following)
+            run_token(compare, experts, following)
             if not goes_on:
                 compare.forget_guesses()
             compare.check()
             cached = [set(cache.expert_to_slot) for cache in residency.caches]
             assert [layer.cached for layer in compare.layers] == cached, token
-            assert compare.num_guesses == len(residency.staging.guesses), token
+            assert len(compare.guesses) == len(residency.staging.guesses), token
     return rig
 
 
@@ -129,7 +130,7 @@ def test_takes_the_same_decisions_as_the_residency(
 ) -> None:
     trace = random_routing(24, seed)
     chosen = plan(split, slots, staging, eviction=eviction, predictor=predictor, prefetch_depth=depth)
-    rig = by_residency(trace, chosen, SimulatedEngine(chosen, FAR_APART, LAYERS, with_events=False))
+    rig = by_residency(trace, chosen, SimulatedResidency(chosen, FAR_APART, LAYERS, with_events=False))
     assert counted_by(simulate(trace, chosen, FAR_APART, LAYERS)) == counted(rig)
 
 
@@ -138,7 +139,7 @@ def test_without_prefetch_no_time_changes_a_decision(split: float) -> None:
     trace, chosen = random_routing(60, seed=2), plan(split, slots=3, staging=2)
     expected = counted(by_residency(trace, chosen))
     for segment_s, link_bytes_per_s in ((0.0, float("inf")), (1.0, 1e3), (1e-6, 1e9), (0.5, 4096.0)):
-        layer = LayerCosts(0.1, 0.1, 0.1, segment_s, 0.01, 1e-6)
+        layer = LayerCosts(0.1, 0.1, 0.1, segment_s, 0.01, 1e-6, 0.001)
         costs = Costs((layer,) * NUM_LAYERS, 0.1, link_bytes_per_s, 0.001, 4096, "measured")
         assert counted_by(simulate(trace, chosen, costs, LAYERS)) == expected
 
@@ -155,7 +156,7 @@ def test_starts_as_warm_as_the_residency(split: float, slots: int) -> None:
 # Seconds to compute a top of 16 of 40 neurons: 0.25 + 16/64 = 0.5, its bottom: 0.25 + 24/64 = 0.625, both: 0.875.
 # A record is 4 chunks, a top 2; a bottom alone is 3, as the unit in which both meet travels with either, else 2.
 COSTS = Costs(
-    (LayerCosts(before_s=10, step_s=1, guess_s=2, segment_s=0.25, row_s=1 / 64, admit_s=1 / 8192),) * 2,
+    (LayerCosts(before_s=10, step_s=1, guess_s=2, segment_s=0.25, row_s=1 / 64, admit_s=1 / 8192, transfer_s=0),) * 2,
     after_s=3, link_bytes_per_s=4096, link_latency_s=0.5, chunk_bytes=4096, source="estimated",
 )  # fmt: skip
 
@@ -273,6 +274,20 @@ def test_a_prefetched_top_is_admitted_at_the_price_of_a_copy_by_hand() -> None:
     assert result.token_s.tolist() == [17.625 + 10 + 2 + 1.125 + 1 + 1 + 3, 15.125 + 10 + 2 + 1.125 + 1 + 3]
 
 
+def test_handing_over_takes_time_while_the_link_is_at_work_by_hand() -> None:
+    costs = replace(COSTS, layers=tuple(replace(layer, transfer_s=0.5) for layer in COSTS.layers))
+    trace = routing([[[1, -1], [2, -1]]], [[[-1, -1], [5, -1]]])
+    result = run_small(trace, plan(0.4, 1, predictor="next-router"), costs)
+    assert timeline(result)[:5] == [
+        ("DEMAND", 0, 1, "TOP", 8192, 10.0, 12.5),
+        ("DEMAND", 0, 1, "BOTTOM", 12288, 12.5, 16.0),  # handed over at 10.5; from 11 to 13 the next router is asked
+        ("COMPUTE", 0, 1, "TOP", 0, 14.0, 14.5),  # both segments of a guess have been handed over by now
+        ("STALL", 0, -1, "WHOLE", 0, 14.5, 16.0),
+        ("COMPUTE", 0, 1, "BOTTOM", 0, 16.0, 16.625),
+    ]
+    assert result.token_s.tolist() == [38.25]
+
+
 def test_starts_warm_after_earlier_tokens() -> None:
     everyone = routing([[[2 * pair, 2 * pair + 1]] for pair in range(NUM_EXPERTS // 2)])
     token = routing([[[1, 4]]])
@@ -296,8 +311,8 @@ def test_past_requests_are_prefetched_by_the_second_reply() -> None:
 
 COSTS_OF_ALL_KINDS = st.builds(
     lambda before_s, segment_s, chunks_per_s, latency_s, chunk_bytes: Costs(
-        (LayerCosts(before_s, 0.5, 0.25, segment_s, 1 / 64, 1e-5),) * NUM_LAYERS, 1.5, 4096 * chunks_per_s, latency_s,
-        chunk_bytes, "measured",
+        (LayerCosts(before_s, 0.5, 0.25, segment_s, 1 / 64, 1e-5, segment_s / 8),) * NUM_LAYERS, 1.5,
+        4096 * chunks_per_s, latency_s, chunk_bytes, "measured",
     ),
     st.sampled_from([0.0, 1.0, 20.0]), st.sampled_from([0.0, 0.5]), st.sampled_from([0.5, 2.0, 50.0]),
     st.sampled_from([0.0, 0.75]), st.sampled_from([4096, 12288, 1 << 20]),

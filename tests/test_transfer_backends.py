@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import threading
@@ -21,6 +22,7 @@ from moepic_core.transfer import clocks, pinning, thread
 from moepic_core.transfer.base import Fence, FileSource, MemorySource, Priority, Transfer
 from moepic_core.transfer.cuda import CudaTransfer
 from moepic_core.transfer.device_queue import DeviceQueue
+from moepic_core.transfer.emulated import EmulatedTicket, EmulatedTransfer
 from moepic_core.transfer.pinning import pin
 from moepic_core.transfer.thread import ThreadTransfer
 
@@ -37,14 +39,14 @@ def closing() -> Iterator[list[Transfer]]:
         transfer.close()
 
 
-# Threads
+# An emulated link
 
 
 @pytest.mark.parametrize(("chunk_bytes", "rate_bytes_per_s"), [(64 * KIB, 1e9), (MIB, 2e9), (4 * MIB, 2e9)])
 def test_an_emulated_link_has_its_nominal_bandwidth(
     closing: list[Transfer], chunk_bytes: int, rate_bytes_per_s: float
 ) -> None:
-    transfer = ThreadTransfer(rate_bytes_per_s=rate_bytes_per_s, chunk_bytes=chunk_bytes)
+    transfer = EmulatedTransfer(rate_bytes_per_s, chunk_bytes)
     closing.append(transfer)
     source = MemorySource(data_of(16 * MIB))
     destinations = [torch.zeros(16 * MIB, dtype=torch.uint8) for _ in range(7)]
@@ -59,7 +61,7 @@ def test_an_emulated_link_has_its_nominal_bandwidth(
 
 
 def test_an_emulated_link_is_never_faster_than_nominal_and_idle_time_is_not_saved_up(closing: list[Transfer]) -> None:
-    transfer = ThreadTransfer(rate_bytes_per_s=1e9, chunk_bytes=64 * KIB)
+    transfer = EmulatedTransfer(1e9, chunk_bytes=64 * KIB)
     closing.append(transfer)
     source = MemorySource(data_of(4 * MIB))
     for _ in range(3):
@@ -70,18 +72,126 @@ def test_an_emulated_link_is_never_faster_than_nominal_and_idle_time_is_not_save
 
 
 def test_a_very_slow_link_lets_go_at_once(closing: list[Transfer]) -> None:
-    transfer = ThreadTransfer(rate_bytes_per_s=1e4, chunk_bytes=MIB)
+    transfer = EmulatedTransfer(1e4, chunk_bytes=MIB)
     closing.append(transfer)
-    start_s = time.perf_counter()
-    for _ in range(2):  # the link is still taken by the first when the second starts
-        ticket = transfer.submit(MemorySource(data_of(MIB)), torch.empty(MIB, dtype=torch.uint8), DEMAND)
-        while ticket.taken_bytes == 0:
-            time.sleep(0.001)
+    source, start_s = MemorySource(data_of(MIB)), time.perf_counter()
+    on_link, queued = (transfer.submit(source, torch.empty(MIB, dtype=torch.uint8), DEMAND) for _ in range(2))
+    assert (on_link.taken_bytes, queued.taken_bytes) == (MIB, 0)
+    for ticket in (on_link, queued):
         transfer.cancel(ticket)
         ticket.settle()
     transfer.close()
     assert time.perf_counter() - start_s < 1, "a chunk takes 100 s on this link"
     transfer.check()
+
+
+class Clock:
+    """Stands still until a test moves it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        patch.setattr(time, "perf_counter", lambda: self.now_s)
+
+
+def wait_for_copies(transfer: EmulatedTransfer, *tickets: EmulatedTicket) -> None:
+    transfer.start()
+    while any(len(ticket.copied_s) * transfer.chunk_bytes < ticket.nbytes for ticket in tickets):
+        time.sleep(0.001)
+
+
+def test_an_emulated_link_in_numbers(closing: list[Transfer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk takes a second; copies run ahead, and nobody but the clock decides what arrives when."""
+    clock = Clock(monkeypatch)
+    transfer = EmulatedTransfer(4.0 * KIB, chunk_bytes=4 * KIB)
+    closing.append(transfer)
+    source, late = MemorySource(data_of(12 * KIB)), MemorySource(data_of(4 * KIB, 1))
+    guess = transfer.submit(source, torch.empty(12 * KIB, dtype=torch.uint8), PREFETCH, "guess")
+    wait_for_copies(transfer, guess)
+    clock.now_s = 1.5  # its second chunk is on the link
+    need = transfer.submit(late, torch.empty(4 * KIB, dtype=torch.uint8), DEMAND, "need")
+    wrong = transfer.submit(source, torch.empty(12 * KIB, dtype=torch.uint8), PREFETCH, "wrong")
+    wait_for_copies(transfer, need, wrong)
+    clock.now_s = 2.9
+    assert not need.done
+    clock.now_s = 3.0
+    assert need.done
+    assert torch.equal(need.destination, late.tensor)
+    assert (guess.taken_bytes, guess.done, wrong.taken_bytes) == (12 * KIB, False, 0)
+    clock.now_s = 4.25
+    transfer.cancel(wrong)
+    assert wrong.settled
+    clock.now_s = 20.0
+    assert guess.done
+    last = transfer.submit(late, torch.empty(4 * KIB, dtype=torch.uint8), DEMAND, "last")
+    wait_for_copies(transfer, last)
+    clock.now_s = 30.0
+    assert [(event.tag, event.start_s, event.end_s) for event in transfer.drain_events()] == [
+        ("guess", 0.0, 1.0),
+        ("guess", 1.0, 2.0),
+        ("need", 2.0, 3.0),
+        ("guess", 3.0, 4.0),
+        ("wrong", 4.0, 4.25),
+        ("last", 20.0, 21.0),
+    ]
+    transfer.check()
+
+
+def test_an_emulated_link_waits_for_a_late_copy(closing: list[Transfer], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, may_copy, copy = Clock(monkeypatch), threading.Event(), ctypes.memmove
+    monkeypatch.setattr(ctypes, "memmove", lambda *piece: (may_copy.wait(), copy(*piece)))
+    transfer = EmulatedTransfer(4.0 * KIB, chunk_bytes=4 * KIB)
+    closing.append(transfer)
+    source = MemorySource(data_of(4 * KIB))
+    first, second = (transfer.submit(source, torch.empty(4 * KIB, dtype=torch.uint8), DEMAND) for _ in range(2))
+    clock.now_s = 5.0
+    assert (first.done, first.taken_bytes, second.taken_bytes) == (False, 4 * KIB, 0)
+    may_copy.set()
+    wait_for_copies(transfer, first, second)
+    assert (first.done, second.done) == (True, True)
+    assert [(event.start_s, event.end_s) for event in transfer.drain_events()] == [(0.0, 5.0), (1.0, 5.0)]
+    assert transfer.counters().busy_s == 5.0
+
+
+def test_nothing_is_copied_before_the_computing_thread_says_so(closing: list[Transfer]) -> None:
+    transfer = EmulatedTransfer(1e9)
+    closing.append(transfer)
+    while not transfer._asleep:
+        time.sleep(0.001)
+    ticket = transfer.submit(MemorySource(data_of(KIB)), torch.empty(KIB, dtype=torch.uint8), DEMAND)
+    assert (ticket.begun_bytes, transfer._asleep) == (0, True)
+    wait_for_copies(transfer, ticket)
+
+
+def test_a_copier_that_dies_of_a_bug_fails_everybody(closing: list[Transfer], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    heard: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
+    monkeypatch.setattr(ctypes, "memmove", broken)
+    transfer = EmulatedTransfer(1e9, chunk_bytes=4096)
+    closing.append(transfer)
+    source = MemorySource(data_of(8192))
+    tickets = [transfer.submit(source, torch.empty(8192, dtype=torch.uint8), priority) for priority in Priority]
+    for ticket in tickets:
+        with pytest.raises(TransferFailed, match=r"died.*ZeroDivisionError.*a bug"):
+            ticket.wait()
+        ticket.settle()
+    transfer._copier.join()
+    assert [args.exc_type for args in heard] == [ZeroDivisionError]
+    with pytest.raises(TransferFailed, match="died"):
+        transfer.submit(source, torch.empty(8192, dtype=torch.uint8), DEMAND)
+    transfer.check()
+
+
+def test_a_file_is_no_source_for_an_emulated_link(closing: list[Transfer]) -> None:
+    transfer = EmulatedTransfer(1e9)
+    closing.append(transfer)
+    with pytest.raises(AssertionError, match="host memory"):
+        transfer.submit(FileSource(0, 0, 4096, "x", False), torch.empty(4096, dtype=torch.uint8), DEMAND)
+
+
+# Threads
 
 
 def test_a_short_file_is_named_with_place_and_reason(closing: list[Transfer], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from moepic_core.errors import Cancelled, TransferFailed
 from moepic_core.transfer import clocks
 from moepic_core.transfer.base import MemorySource, Priority, Transfer
 from moepic_core.transfer.clocks import BusyTime
+from moepic_core.transfer.emulated import EmulatedTransfer
 from moepic_core.transfer.ledger import Entry, Ledger, Outcome
 from moepic_core.transfer.thread import ThreadTransfer
 
@@ -233,7 +234,7 @@ class TransferMachine(RuleBasedStateMachine):
 
 class ThreadMachine(TransferMachine):
     def make(self, seed: int | None) -> Transfer:
-        return ThreadTransfer(num_workers=2, rate_bytes_per_s=1e8, chunk_bytes=CHUNK_BYTES)
+        return ThreadTransfer(2, CHUNK_BYTES) if seed is None else EmulatedTransfer(1e8, CHUNK_BYTES)
 
 
 TestNullMachine = TransferMachine.TestCase

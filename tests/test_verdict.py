@@ -66,7 +66,7 @@ def test_sentences_name_the_numbers() -> None:
         "will not run: even without any cached expert it needs 1.1 MB, 1 MB is free"
     )
     assert text("cpu", 1_300_000, 1_300_000, "pcie3x16") == (
-        "will not run over this link: its experts need 393 kB of host memory, 202 kB is free; "
+        "will not run over this link: its host copy needs 393 kB of host memory, 202 kB is free; "
         "a CPU device with link 'disk' needs none"
     )
 

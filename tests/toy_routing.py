@@ -37,7 +37,13 @@ def toy_layer(neurons: int = 40, hidden: int = 128, num_experts: int = 8) -> Moe
 def toy_costs(layer: MoeLayer, layers: int, top_k: int, ratio: float, admit_s: float = 0.0) -> Costs:
     """A machine on which loading a token's experts takes `ratio` times as long as computing it."""
     costs = LayerCosts(
-        before_s=4e-5, step_s=1e-5, guess_s=5e-6, segment_s=5e-6, row_s=2e-5 / layer.neurons, admit_s=admit_s
+        before_s=4e-5,
+        step_s=1e-5,
+        guess_s=5e-6,
+        segment_s=5e-6,
+        row_s=2e-5 / layer.neurons,
+        admit_s=admit_s,
+        transfer_s=1e-6,
     )
     after_s = 1e-4
     compute_s = layers * (5e-5 + top_k * 2.5e-5) + after_s

@@ -11,6 +11,8 @@ import errno
 import itertools
 import math
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from null_transfer import NullTransfer
 
 from moepic_core.transfer.base import FileSource, MemorySource, Source, Transfer
 from moepic_core.transfer.cuda import CudaTransfer
+from moepic_core.transfer.emulated import EmulatedTransfer
 from moepic_core.transfer.pinning import pin
 from moepic_core.transfer.thread import ThreadTransfer
 from moepic_core.units import ALIGNMENT_BYTES, align
@@ -77,33 +80,37 @@ class RandomNull(Link):
         return NullTransfer(seed=7, chunk_bytes=self.chunk_bytes)
 
 
+class Emulated(Link):
+    def build(self, slow: bool) -> Transfer:
+        return EmulatedTransfer(SLOW_BYTES_PER_S if slow else 2e9, self.chunk_bytes)
+
+
 class ThreadMemory(Link):
-    rate_bytes_per_s: float | None = None
     num_workers = 1
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
         super().__init__(patch, folder)
-        patch.setattr(np, "copyto", self._flaky(np.copyto))
+        self._device = threading.Lock()  # moves one chunk at a time
+        self._bytes_per_s = math.inf
+        patch.setattr(np, "copyto", self._slowed(np.copyto, lambda target, source: target.nbytes))
 
     def build(self, slow: bool) -> Transfer:
-        rate = SLOW_BYTES_PER_S if slow else self.rate_bytes_per_s
-        return ThreadTransfer(num_workers=self.num_workers, rate_bytes_per_s=rate, chunk_bytes=self.chunk_bytes)
+        self._bytes_per_s = SLOW_BYTES_PER_S if slow else math.inf
+        return ThreadTransfer(self.num_workers, self.chunk_bytes)
 
     def fail(self, transfer: Transfer, num_copies: float = math.inf) -> None:
         self.copies_to_fail = num_copies
 
-    def _flaky(self, call: Callable[..., object]) -> Callable[..., object]:
+    def _slowed(self, call: Callable[..., object], size: Callable[..., int]) -> Callable[..., object]:
         def wrapped(*args: object) -> object:
             if self.copies_to_fail > 0:
                 self.copies_to_fail -= 1
                 raise OSError(errno.EIO, "as the test wished")
+            with self._device:
+                time.sleep(size(*args) / self._bytes_per_s)
             return call(*args)
 
         return wrapped
-
-
-class ThreadEmulated(ThreadMemory):
-    rate_bytes_per_s = 2e9
 
 
 class ThreadDisk(ThreadMemory):
@@ -112,7 +119,7 @@ class ThreadDisk(ThreadMemory):
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
         super().__init__(patch, folder)
-        patch.setattr(os, "preadv", self._flaky(os.preadv))
+        patch.setattr(os, "preadv", self._slowed(os.preadv, lambda fd, targets, offset: targets[0].nbytes))
         self._names = itertools.count()
 
     def source(self, data: torch.Tensor) -> Source:
@@ -208,7 +215,7 @@ LINKS = {
     "null": Link,
     "null-random": RandomNull,
     "memory": ThreadMemory,
-    "emulated": ThreadEmulated,
+    "emulated": Emulated,
     "disk": ThreadDisk,
     "direct": ThreadDirect,
     "cuda-simulated": SimulatedCuda,

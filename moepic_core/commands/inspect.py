@@ -44,6 +44,12 @@ def run(options: argparse.Namespace) -> None:
     print(f"verdict          {verdict.text}")
 
 
+def _embedding(spec: ModelSpec) -> str:
+    if spec.embedding_bytes:
+        return f"{format_bytes(spec.embedding_bytes)} on the host tier, since a token reads one row of it"
+    return "among the other weights"
+
+
 def _inspection(spec: ModelSpec, machine: MachineProfile) -> list[str]:
     first = spec.moe_layers[0]
     return [
@@ -54,6 +60,7 @@ def _inspection(spec: ModelSpec, machine: MachineProfile) -> list[str]:
         f"{format_bytes(first.expert_bytes)}",
         f"expert weights   {format_bytes(spec.expert_bytes)}",
         f"other weights    {format_bytes(spec.resident_bytes)}",
+        f"token embedding  {_embedding(spec)}",
         f"KV per token     {format_bytes(spec.kv_bytes_per_token)} (estimate), context {spec.context_length} tokens",
         f"machine          {machine.device_name}, {format_bytes(machine.device_free_bytes)} of "
         f"{format_bytes(machine.device_total_bytes)} free, host {format_bytes(machine.host_free_bytes)} free",

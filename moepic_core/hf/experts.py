@@ -33,20 +33,26 @@ class ExpertLayer:
         self.math = math_of(module)
         self.position = -1
         self.residency: Residency | None = None
+        self.waits = False  # for a device, whenever the host reads what was computed there
         self.next: ExpertLayer | None = None  # whose experts are prefetched while this layer computes
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` → `[tokens, hidden]`."""
         residency = self.residency
         assert residency is not None
+        guesses: list[int] | None = None
         if residency.decode:
-            pairs = self._pairs_of_one(top_k_index)
+            chosen, guesses = self._read_choice(residency, hidden_states, top_k_index)
+            # An index past the last expert means "none" in some families; its pair stays zero, as in `eager`.
+            pairs: Mapping[int, int | Tensor] = {
+                expert: place for place, expert in enumerate(chosen) if expert < self.geometry.num_experts
+            }
             counts = dict.fromkeys(pairs, 1)
         else:
             pairs, counts = self._pairs_of_many(top_k_index)
         total = PairSum(hidden_states, top_k_index)
         with Step(residency, self.position, counts) as step:
-            self._prefetch_next(residency, hidden_states)
+            self._prefetch_next(residency, hidden_states, guesses)
             inputs: dict[int, Tensor] = {}
             only = self.math.prepare(hidden_states) if residency.decode else hidden_states
             for piece in step:
@@ -61,11 +67,19 @@ class ExpertLayer:
                 total.add(self.math.segment(x, piece.weights, expert, piece.start_row), pair)
         return total.total(top_k_weights, self.math.down_bias)
 
-    def _pairs_of_one(self, top_k_index: Tensor) -> Mapping[int, int | Tensor]:
-        """Expert → its place among the k of the only token. A GPU is waited for here, and once more for guesses."""
-        num_experts = self.geometry.num_experts
-        # An index past the last expert means "none" in some families; its pair stays zero, as in `eager`.
-        return {expert: place for place, expert in enumerate(top_k_index[0].tolist()) if expert < num_experts}
+    def _read_choice(
+        self, residency: Residency, hidden_states: Tensor, top_k_index: Tensor
+    ) -> tuple[list[int], list[int] | None]:
+        """The only token's experts; from a device also what the next router guesses, so that it is waited for once.
+
+        On a CPU there is nothing to wait for, so that router is asked later, when demands are on their way.
+        """
+        router = self._next_router(residency) if self.waits else None
+        if router is None:
+            return top_k_index[0].tolist(), None
+        both = torch.cat((top_k_index[0], router(hidden_states)[0])).tolist()
+        k = top_k_index.shape[1]
+        return both[:k], both[k:]
 
     def _pairs_of_many(self, top_k_index: Tensor) -> tuple[Mapping[int, int | Tensor], dict[int, int]]:
         """Expert → indices of its (token, k) pairs, and expert → their number; the most wanted experts first."""
@@ -80,22 +94,32 @@ class ExpertLayer:
             start += size
         return pairs, {expert: sizes[expert] for expert in sorted(pairs, key=lambda expert: -sizes[expert])}
 
-    def _prefetch_next(self, residency: Residency, hidden_states: Tensor) -> None:
+    def _next_router(self, residency: Residency) -> Router | None:
+        """The router that guesses for the next layer, unless guesses are of no use or come from elsewhere."""
+        if self.next is None or residency.matrices is not None or not residency.wants_guesses(self.next.position):
+            return None
+        return self.next.router
+
+    def _prefetch_next(self, residency: Residency, hidden_states: Tensor, guesses: list[int] | None) -> None:
+        """Wishes for the next layer; `guesses` are its router's for the only token, if they have been read already."""
         if self.next is None or not residency.wants_guesses(self.next.position):
             return
         if residency.matrices is not None:
             residency.prefetch(self.next.position, residency.matrices.rank(self.next.position))
             return
-        if self.next.router is None:
-            return
-        ranked = self.next.router(hidden_states)  # [tokens, k]
-        if residency.decode:
-            guesses: Sequence[int] = ranked[0].tolist()
-        else:
-            num_experts = self.next.geometry.num_experts
-            counts = torch.bincount(ranked.reshape(-1), minlength=num_experts)[:num_experts]
-            guesses = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
-        residency.prefetch(self.next.position, [guess for guess in guesses if guess < self.next.geometry.num_experts])
+        num_experts = self.next.geometry.num_experts
+        if guesses is None:
+            if self.next.router is None:
+                return
+            ranked = self.next.router(hidden_states)  # [tokens, k]
+            guesses = ranked[0].tolist() if residency.decode else _most_wanted(ranked, num_experts)
+        residency.prefetch(self.next.position, [guess for guess in guesses if guess < num_experts])
+
+
+def _most_wanted(ranked: Tensor, num_experts: int) -> list[int]:
+    """The experts in `ranked` `[tokens, k]`, those that most tokens want first."""
+    counts = torch.bincount(ranked.reshape(-1), minlength=num_experts)[:num_experts].tolist()
+    return sorted((expert for expert in range(num_experts) if counts[expert]), key=lambda expert: -counts[expert])
 
 
 def install(
@@ -106,6 +130,7 @@ def install(
     for position, (layer, module) in enumerate(zip(layers, modules, strict=True)):
         layer.position = position
         layer.residency = residency
+        layer.waits = residency.arena.device.type != "cpu"
         layer.next = layers[(position + 1) % len(layers)]
         module.moepic_layer = layer  # type: ignore[assignment]
     model.set_experts_implementation(_NAME)  # type: ignore[operator]

@@ -2,8 +2,8 @@
 
 A custom quantizer is Transformers' documented place to treat parameters while they load: it sees each fused expert
 tensor after Transformers' own renaming and merging, so no model names and no name maps are needed here. Experts stay
-on the meta device, everything else loads as usual; memory peaks at the store plus about one layer. Called once by the
-engine.
+on the meta device, a token embedding that `embedding` diverts is left in its file, everything else loads as usual;
+memory peaks at the store plus about one layer. Called once by the engine.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from ..host_store import HostStore, check_layout
 from ..lazy_tensors import LazyTensors
 from ..packing import FusedLayout
 from ..spec import ModelSpec
+from .embedding import divert
 
 _METHOD = "moepic"
 _SUPPORTED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # flags of Transformers' experts interface
 
 
 class ExpertSink:
-    """Receives fused expert tensors while the model loads and hands complete layers to the store."""
+    """Receives fused expert tensors while the model loads and hands them to the store."""
 
     def __init__(self, spec: ModelSpec, store: HostStore) -> None:
         self.spec = spec
         self.store = store
         self.modules: dict[str, nn.Module] = {}  # experts modules by path, in the order of execution
         self.shapes: dict[str, torch.Size] = {}  # of every parameter, as the config wants them
-        self._parts: dict[str, dict[str, Tensor]] = {}
         self.error: Exception | None = None  # that packing ended with
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertSink:
@@ -65,14 +65,11 @@ class ExpertSink:
 
     def receive(self, name: str, tensor: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
-        parts = self._parts.setdefault(path, {})
-        parts[leaf] = tensor
-        module = self.modules[path]
+        position, module = list(self.modules).index(path), self.modules[path]
         layout = layout_of(module)
-        if len(parts) == len(layout.shapes(self.spec.moe_layers[0])):
-            position = list(self.modules).index(path)
-            check_layout(self.spec.moe_layers[position], parts, layout, path)
-            self.store.add_layer(position, self._parts.pop(path), layout)
+        expected = dict(module.named_parameters(recurse=False))
+        check_layout(self.spec.moe_layers[position], {**expected, leaf: tensor}, layout, path)
+        self.store.add(position, leaf, tensor, layout)
 
 
 def layout_of(module: nn.Module) -> FusedLayout:
@@ -212,6 +209,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
         return _Pack(self.quantization_config.sink)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        divert(model, self.quantization_config.sink.spec)
         self.quantization_config.sink.find_experts(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:

@@ -1,6 +1,6 @@
 """One loaded model: the forward pass over new tokens, and the KV memory that is kept between turns.
 
-Attention, norms, routers, embeddings, the cache classes are Transformers'; this file only decides which tokens are new.
+Attention, norms, routers, the cache classes are Transformers'; this file only decides which tokens are new.
 Called by the engine. Knows nothing of where experts live.
 """
 
@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .embedding import embedding_of
+from .linear import quicken
+
 
 class HfModel:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        quicken(model)
         self.model = model
         self.device = device
+        self.embedding = embedding_of(model)  # None: on the device, like everything else
         self.cached_ids: list[int] = []  # tokens whose keys and values are kept
         self.continues = True  # several tokens may follow cached ones in one pass
         self._cache: Any = None
@@ -54,6 +59,8 @@ class HfModel:
         When it raises, the KV memory is rolled back to what it was before, or forgotten where a model cannot roll back.
         """
         tokens = torch.tensor([ids], device=self.device)  # [1, tokens]
+        if self.embedding is not None:
+            self.embedding.expect(tokens, ids)
         keep: dict[str, Tensor] = {}
         if self._chooses_logits and not all_logits and len(ids) > 1:
             # By number, not as a slice of the end: on a CPU torch multiplies a slice of several tokens only after it
@@ -92,6 +99,11 @@ class HfModel:
     def forget(self) -> None:
         self._cache = None
         self.cached_ids = []
+
+    def close(self) -> None:
+        self.forget()
+        if self.embedding is not None:
+            self.embedding.rows.close()
 
     def _crop(self, length: int) -> bool:
         """Cuts every layer back to `length` tokens; False when some layer cannot (the cache is then unusable)."""

@@ -1,6 +1,7 @@
 """What the backends have in common: one lock around one ledger, what readers take from it, and the end of all tickets.
 
-`thread.py` and `cuda.py` add the moving itself. Methods that begin with an underscore want the lock held.
+`thread.py`, `emulated.py` and `cuda.py` add the moving itself. Methods that begin with an underscore want the lock
+held.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ class Backend(Generic[E]):
         self._ledger: Ledger[E] = Ledger(chunk_bytes)
         self._closed: MoepicError | None = None  # why nothing is taken any more
         self._lock = threading.RLock()  # a device may fail wherever it is asked
-        self._queued = threading.Condition(self._lock)  # there may be something to move, or the end has come
 
     @property
     def chunk_bytes(self) -> int:
         return self._ledger.chunk_bytes
+
+    def start(self) -> None:
+        """Here everything begins to move as soon as it can."""
 
     def drain_events(self) -> list[TransferEvent]:
         with self._lock:
@@ -58,5 +61,4 @@ class Backend(Generic[E]):
     def _end(self, error: TransferFailed | Cancelled) -> list[E]:
         """Nothing is taken any more, and every open ticket ends with `error`; returns them."""
         self._closed = self._closed or error
-        self._queued.notify_all()
         return self._ledger.drop_all(error)

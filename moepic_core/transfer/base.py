@@ -1,29 +1,29 @@
 """The contract of everything that moves bytes toward the device.
 
-`residency` submits copies and waits on tickets; `host_store` makes the sources; `thread.py` and `cuda.py` are the
-backends, and `tests/null_transfer.py` a third one that tests drive by hand. Every asynchronous copy has a ticket:
-until `wait` returned, the destination holds nothing that may be read, and until the ticket is settled it may not be
-reused. Copies run in chunks, so that a demand overtakes what is queued of a guess. Nothing here knows what an expert
-is, and nothing ever travels back from the device.
+`residency` submits copies and waits on tickets; `host_store` makes the sources; `thread.py`, `emulated.py` and
+`cuda.py` are the backends, and `tests/null_transfer.py` another that tests drive by hand. Every asynchronous copy has
+a ticket: until `wait` returned, the destination holds nothing that may be read, and until the ticket is settled it may
+not be reused. Copies run in chunks, so that a demand overtakes what is queued of a guess. Nothing here knows what an
+expert is, and nothing ever travels back from the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from typing import Protocol
+from enum import IntEnum
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ..units import ALIGNMENT_BYTES
 
 
-class Priority(Enum):
-    """Why bytes travel. Members are in the order of service."""
+class Priority(IntEnum):
+    """Why bytes travel, in the order of service."""
 
-    DEMAND = "demand"  # needed now
-    PREFETCH = "prefetch"  # guessed
+    DEMAND = 0  # needed now
+    PREFETCH = 1  # guessed
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +63,7 @@ class Fence:
             self.event.synchronize()
 
 
-@dataclass(frozen=True)
-class TransferEvent:
+class TransferEvent(NamedTuple):
     """One chunk's time on the link. `nbytes` is 0 if the chunk failed."""
 
     tag: object
@@ -74,8 +73,7 @@ class TransferEvent:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class StallEvent:
+class StallEvent(NamedTuple):
     """For this long compute had nothing to do but wait for a ticket; on CUDA by the device's clock."""
 
     tag: object
@@ -156,6 +154,12 @@ class Transfer(Protocol):
 
         Demands are served first in, first out, and before any guess; likewise guesses among themselves. `tag` comes
         back in events. Nothing is written before the compute side has passed `after`.
+        """
+
+    def start(self) -> None:
+        """Copies that need the CPU may begin: the caller is about to compute, and to let go of the interpreter's lock.
+
+        Needed only so that they begin while nobody waits for a ticket or asks about one; costs next to nothing.
         """
 
     def promote(self, ticket: Ticket) -> None:

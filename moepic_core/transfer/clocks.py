@@ -1,12 +1,16 @@
-"""Time on the link: how long it was busy in all, and when a CUDA device did what.
+"""Time on the link: how long it was busy in all, when a CUDA device did what, and sleep until a chunk has come.
 
 The ledger adds up chunks in a `BusyTime`; `cuda.py` reads its events through a `DeviceClock`. Neither waits for a copy.
+`emulated.py` sleeps precisely.
 """
 
 # torch.cuda is not annotated.
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 import time
 from bisect import bisect_left, bisect_right
 
@@ -15,6 +19,19 @@ import torch
 _MAX_GAPS = 1 << 10
 _ANCHOR_S = 5.0
 _ANCHOR_TIMEOUT_S = 100e-6
+
+
+def sleep_precisely(seconds: float) -> None:
+    """Sleep that ends 15 µs late instead of 70: Linux adds a slack of 50 µs to a thread's sleeps unless told not to."""
+    if sys.platform == "linux":
+        pr_set_timerslack = 29
+        _libc().prctl(pr_set_timerslack, 1, 0, 0, 0)
+    time.sleep(seconds)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 class BusyTime:

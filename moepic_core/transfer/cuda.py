@@ -69,6 +69,7 @@ class CudaTransfer(Backend[CudaEntry]):
         super().__init__(chunk_bytes)
         self._device = device
         self._queue = DeviceQueue(device)
+        self._queued = threading.Condition(self._lock)  # there may be something to move, or the end has come
         self._issued = threading.Condition(self._lock)
         # A daemon, because a program that dies without `close` must not hang at exit.
         self._feeder = threading.Thread(target=self._run, name="moepic-transfer-feeder", daemon=True)
@@ -143,6 +144,7 @@ class CudaTransfer(Backend[CudaEntry]):
     def _shut(self, error: TransferFailed | Cancelled) -> None:
         with self._lock:
             self._end(error)
+            self._queued.notify_all()
             self._issued.notify_all()
 
     @contextmanager

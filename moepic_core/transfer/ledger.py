@@ -8,9 +8,8 @@ knows how to wait.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from enum import Enum
-from typing import Generic, TypeVar
+from enum import IntEnum
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -22,11 +21,11 @@ from .clocks import BusyTime
 _MAX_EVENTS = 1 << 16
 
 
-class Outcome(Enum):
-    OPEN = "open"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
+class Outcome(IntEnum):
+    OPEN = 0
+    SUCCEEDED = 1
+    FAILED = 2
+    CANCELLED = 3
 
 
 class Entry:
@@ -82,8 +81,7 @@ class Entry:
 E = TypeVar("E", bound=Entry)
 
 
-@dataclass(frozen=True, eq=False)
-class Chunk(Generic[E]):
+class Chunk(NamedTuple, Generic[E]):
     """A piece of a ticket on its way: bytes [offset, offset + nbytes) of source and destination."""
 
     entry: E
@@ -99,13 +97,13 @@ class Ledger(Generic[E]):
         self.chunk_bytes = chunk_bytes
         self.num_retried = 0
         self.unpinned_bytes = 0
-        self._queues: dict[Priority, deque[E]] = {priority: deque() for priority in Priority}  # first served first
+        self._queues: list[deque[E]] = [deque() for _ in Priority]  # first served first
         self._live: set[E] = set()  # open, or with a chunk in flight
-        self._num_outcomes = dict.fromkeys(Outcome, 0)
+        self._num_outcomes = [0] * len(Outcome)
         self._num_submitted = 0
         self._submitted_bytes = 0
         self._in_flight_bytes = 0
-        self._landed_bytes = dict.fromkeys(Priority, 0)
+        self._landed_bytes = [0] * len(Priority)
         self._lost_bytes = 0
         self._dropped_bytes = 0  # never handed out, because the ticket failed or was cancelled
         self._busy = BusyTime()
@@ -127,7 +125,7 @@ class Ledger(Generic[E]):
 
     def peek(self) -> E | None:
         """The ticket whose turn it is."""
-        for queue in self._queues.values():
+        for queue in self._queues:
             if queue:
                 return queue[0]
         return None
@@ -227,11 +225,11 @@ class Ledger(Generic[E]):
 
     def check(self) -> None:
         """Assert that no ticket and no byte is lost or counted twice."""
-        num_closed = sum(self._num_outcomes.values())
+        num_closed = sum(self._num_outcomes)
         assert self._num_submitted == num_closed, (self._num_submitted, self._num_outcomes)
         num_open = sum(not entry.ended for entry in self._live)
         assert self._num_outcomes[Outcome.OPEN] == num_open, (self._num_outcomes, num_open)
-        for priority, queue in self._queues.items():
+        for priority, queue in zip(Priority, self._queues, strict=True):
             wanted = {
                 entry
                 for entry in self._live
@@ -242,10 +240,10 @@ class Ledger(Generic[E]):
         for entry in self._live:
             assert not entry.at_rest, (entry.tag, entry.outcome)
             assert (entry.num_in_flight == 0) == (entry.in_flight_bytes == 0), (entry.tag, entry.in_flight_bytes)
-        queued = sum(entry.nbytes - entry.taken_bytes for queue in self._queues.values() for entry in queue)
+        queued = sum(entry.nbytes - entry.taken_bytes for queue in self._queues for entry in queue)
         in_flight = sum(entry.in_flight_bytes for entry in self._live)
         assert self._in_flight_bytes == in_flight, (self._in_flight_bytes, in_flight)
-        finished = sum(self._landed_bytes.values()) + self._lost_bytes + self._dropped_bytes
+        finished = sum(self._landed_bytes) + self._lost_bytes + self._dropped_bytes
         assert self._submitted_bytes == queued + in_flight + finished, (
             self._submitted_bytes,
             (queued, in_flight, self._landed_bytes, self._lost_bytes, self._dropped_bytes),

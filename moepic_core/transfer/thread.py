@@ -1,17 +1,13 @@
-"""Transfers on machines without a GPU: threads read a packed file, or copy host memory at an emulated bandwidth.
+"""Transfers on machines without a GPU: threads read a packed file, or copy host memory, as fast as they can.
 
-The engine makes one backend per link. `ThreadTransfer(num_workers=2)` serves a disk: two direct reads at a time fill
-it. `ThreadTransfer(rate_bytes_per_s=16e9)` is one link of that bandwidth: the copy is real, and a chunk has arrived
-when such a link would have brought it, or when the copy ends if this machine is slower. Compute is synchronous here,
-so fences are empty and `wait` blocks.
+The engine makes one for a disk: two direct reads at a time fill it. Compute is synchronous here, so fences are empty
+and `wait` blocks. A link of a given bandwidth is emulated in `emulated`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +22,7 @@ from .ledger import Chunk, Entry
 
 # Two direct reads of 2 MiB at a time give the disk's full bandwidth, of 1 MiB 94 %; a later demand waits for these two.
 CHUNK_BYTES = 2 << 20
-_POLL_S = 0.02  # how long a stop, a cancel or a close may go unnoticed by a thread that sleeps
+_POLL_S = 0.02  # how long a stop may go unnoticed by a thread that waits for a ticket
 
 
 class ThreadTicket(Entry):
@@ -58,14 +54,11 @@ class ThreadTicket(Entry):
 
 
 class ThreadTransfer(Backend[ThreadTicket]):
-    """See `Transfer`. `rate_bytes_per_s` None means as fast as the machine can."""
+    """See `Transfer`."""
 
-    def __init__(
-        self, num_workers: int = 1, rate_bytes_per_s: float | None = None, chunk_bytes: int = CHUNK_BYTES
-    ) -> None:
+    def __init__(self, num_workers: int = 1, chunk_bytes: int = CHUNK_BYTES) -> None:
         super().__init__(chunk_bytes)
-        self._rate_bytes_per_s = rate_bytes_per_s
-        self._link_free_s = 0.0  # when the emulated link will have moved all that has been put on it
+        self._queued = threading.Condition(self._lock)  # there may be something to move, or the end has come
         self._settled = threading.Condition(self._lock)
         self._workers = [
             # Daemons, because a program that dies without `close` must not hang at exit.
@@ -121,51 +114,37 @@ class ThreadTransfer(Backend[ThreadTicket]):
         with self._lock:
             for ticket in self._end(error):
                 ticket.latch.release()
+            self._queued.notify_all()
             self._settled.notify_all()
 
     def _run(self) -> None:
-        if self._rate_bytes_per_s is not None:
-            _sleep_precisely()
         try:
-            while (work := self._next()) is not None:
-                self._serve(*work)
+            while (chunk := self._next()) is not None:
+                self._serve(chunk)
         except BaseException as error:
             # A bug of ours. Whoever waits must hear of it; the traceback goes to threading.excepthook.
             self._shut(TransferFailed(f"a transfer thread died of {error!r}; restart the engine"))
             raise
 
-    def _next(self) -> tuple[Chunk[ThreadTicket], float, float] | None:
-        """Sleep until there is a chunk; with it, when the link starts on it and has moved it. None once closed."""
+    def _next(self) -> Chunk[ThreadTicket] | None:
+        """Sleep until there is a chunk. None once closed."""
         with self._lock:
             while self._closed is None:
                 chunk = self._ledger.take()
                 if chunk is not None:
-                    return chunk, *self._occupy_link(chunk)
+                    return chunk
                 self._queued.wait()
             return None
 
-    def _occupy_link(self, chunk: Chunk[ThreadTicket]) -> tuple[float, float]:
-        if self._rate_bytes_per_s is None:
-            now_s = time.perf_counter()
-            return now_s, now_s
-        # From one deadline to the next, never from now: a late wake-up delays one chunk and no bandwidth is lost.
-        start_s = max(self._link_free_s, chunk.entry.submitted_s)
-        self._link_free_s = start_s + chunk.nbytes / self._rate_bytes_per_s
-        return start_s, self._link_free_s
-
-    def _serve(self, chunk: Chunk[ThreadTicket], start_s: float, deadline_s: float) -> None:
-        ticket = chunk.entry
+    def _serve(self, chunk: Chunk[ThreadTicket]) -> None:
+        ticket, start_s = chunk.entry, time.perf_counter()
         error: TransferFailed | None = TransferFailed("a transfer thread died while it moved this")
         try:
             error = self._move(chunk)
-            # A ticket that is done here was dropped, and nobody wants to wait for the rest of its time.
-            while (left_s := deadline_s - time.perf_counter()) > 0 and not ticket.done:
-                time.sleep(min(left_s, _POLL_S))
         finally:
             with self._lock:
-                was_done, end_s = ticket.done, time.perf_counter()
-                # A ticket that is dropped before the emulated link has come to it took no time there.
-                self._ledger.finish(chunk, min(start_s, end_s), end_s, error)
+                was_done = ticket.done
+                self._ledger.finish(chunk, start_s, time.perf_counter(), error)
                 if ticket.done and not was_done:
                     ticket.latch.release()
                 if ticket.settled:
@@ -204,10 +183,3 @@ def _describe(chunk: Chunk[ThreadTicket], error: OSError) -> str:
         place = f"{source.path}, {chunk.nbytes} bytes at offset {source.offset + chunk.offset}"
         return f"cannot read {place}, tried twice: {error}; check the disk, or delete the file to pack it again"
     return f"cannot copy {chunk.nbytes} bytes of host memory, tried twice: {error}"
-
-
-def _sleep_precisely() -> None:
-    """Let this thread's sleeps end 15 µs late instead of 70: Linux adds a slack of 50 µs unless it is told not to."""
-    if sys.platform == "linux":
-        pr_set_timerslack = 29
-        ctypes.CDLL(None).prctl(pr_set_timerslack, 1, 0, 0, 0)
