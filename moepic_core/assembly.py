@@ -16,6 +16,7 @@ from .arena import Arena, is_out_of_memory
 from .budgets import Needs, budget_bytes
 from .calibrate import probe
 from .checkpoint import read_spec
+from .disk_store import DiskStore, default_packed_folder
 from .errors import BadCheckpoint, OutOfRoom
 from .extras import brought_routing
 from .finder import resolve
@@ -25,11 +26,12 @@ from .hf.loading import load_model
 from .hf.model import HfModel
 from .hf.probe import probe_model, silence_experts
 from .hf.text import Text
-from .host_store import DiskStore, HostStore, RamStore, default_packed_folder
+from .host_store import HostStore
 from .lazy_tensors import AHEAD_BYTES, LazyTensors
 from .links import Link, parse_link
 from .memory import Memory
 from .needs import check_memory, context_length, free_for_budget, workspace_bytes
+from .ram_store import RamStore
 from .residency import Residency
 from .shards import read_tensors
 from .spec import MachineProfile, ModelSpec, Settings

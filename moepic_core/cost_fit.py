@@ -7,26 +7,17 @@ times hold under the contention that serving has. Medians, because machines are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .costs import Costs, LayerCosts, LinkSpeed
 from .guesses import accuracies
-from .trace import EventKind, Part, TracePhase
+from .recordings import Run, Steps, begins, bursts
+from .trace import EventKind, TracePhase
 
 _SETTLED = 0.1  # of the copies into slots: the first one into fresh memory takes five times as long, but only once
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """Decoded tokens under one setting."""
-
-    events: NDArray[np.void]  # rows of EVENT
-    top_rows: tuple[int, ...]  # per layer
-    guessing: bool  # the next layer's router was asked ahead of time
-    scores: NDArray[np.int64] | None = None  # [2, layers, ranks], right guesses and all; None: nobody counted
 
 
 def fit_costs(
@@ -41,7 +32,7 @@ def fit_costs(
     + admissions. What segments take is fitted to the compute events of all layers of one size, what the step takes
     beside to the remainders of its time.
     """
-    found = [_Steps(run, neurons) for run in runs]
+    found = [Steps(run, neurons) for run in runs]
     admit_s = _admit_s_per_byte(runs, link_alone)
     shared = {size: _shared(found, neurons, size, admit_s) for size in set(neurons)}
     layers = [
@@ -79,7 +70,7 @@ def computing(run: Run, neurons: Sequence[int], costs: Costs) -> NDArray[np.floa
         return np.asarray(of_layer("segment_s", rows) + of_layer("row_s", rows) * lengths[rows["part"], rows["layer"]])
 
     def transfers_s(rows: NDArray[np.void]) -> NDArray[np.float64]:
-        return of_layer("transfer_s", rows) * _begins(rows)
+        return of_layer("transfer_s", rows) * begins(rows)
 
     beside_s = costs.after_s + sum(each.before_s + each.step_s + run.guessing * each.guess_s for each in layers)
     expected_s = beside_s + sums(EventKind.COMPUTE, segments_s)
@@ -90,7 +81,7 @@ def computing(run: Run, neurons: Sequence[int], costs: Costs) -> NDArray[np.floa
     return np.asarray((took_s / expected_s)[whole & (expected_s > 0)])
 
 
-def _shared(found: Sequence[_Steps], neurons: Sequence[int], size: int, admit_s: float) -> LayerCosts:
+def _shared(found: Sequence[Steps], neurons: Sequence[int], size: int, admit_s: float) -> LayerCosts:
     """What all layers of `size` neurons have in common; `before_s` is left at 0."""
     layers = [layer for layer, own in enumerate(neurons) if own == size]
     parts = np.concatenate([steps.segments(layer) for steps in found for layer in layers])
@@ -100,87 +91,12 @@ def _shared(found: Sequence[_Steps], neurons: Sequence[int], size: int, admit_s:
     return LayerCosts(0.0, step_s, guess_s, base_s + per_segment_s, row_s, admit_s, transfer_s)
 
 
-class _Steps:
-    """The steps of one run, by token and layer."""
-
-    def __init__(self, run: Run, neurons: Sequence[int]) -> None:
-        events = run.events[run.events["phase"] == TracePhase.DECODE]
-        self.guessing = run.guessing
-        self.neurons, self.top_rows = neurons, run.top_rows
-        self.num_layers = len(neurons)
-        self.steps = events[events["kind"] == EventKind.STEP]
-        self.ends = np.sort(events["end_s"][events["kind"] == EventKind.TOKEN])
-        self.compute = events[events["kind"] == EventKind.COMPUTE]
-        self.busy = events[np.isin(events["kind"], (EventKind.COMPUTE, EventKind.STALL, EventKind.ADMIT))]
-        moved = np.sort(events[np.isin(events["kind"], (EventKind.DEMAND, EventKind.PREFETCH))], order="start_s")
-        self.moved = moved[_begins(moved)]
-
-    def segments(self, layer: int) -> NDArray[np.float64]:
-        """`[segments, 2]`: rows and seconds of each that `layer` computed."""
-        work = self.compute[self.compute["layer"] == layer]
-        rows = np.zeros(len(Part))
-        rows[[Part.WHOLE, Part.TOP, Part.BOTTOM]] = self.neurons[layer], self.top_rows[layer], self.neurons[layer]
-        rows[Part.BOTTOM] -= self.top_rows[layer]
-        return np.column_stack((rows[work["part"]], work["end_s"] - work["start_s"]))
-
-    def beside(self, layer: int) -> NDArray[np.float64]:
-        """`[steps, 4]`: whether it guessed, how many transfers it handed over and segments it computed, its seconds
-        without computing, stalling and admitting.
-        """
-        steps = self.steps[self.steps["layer"] == layer]
-        busy = self.busy[self.busy["layer"] == layer]
-        handed = self._handed(layer, steps)
-        rows = []
-        for step, transfers in zip(steps, handed, strict=True):
-            mine = busy[busy["token"] == step["token"]]
-            segments = np.count_nonzero(mine["kind"] == EventKind.COMPUTE)
-            rows.append((self.guessing, transfers, segments, step["end_s"] - step["start_s"] - _length(mine)))
-        return np.array(rows, np.float64).reshape(-1, 4)
-
-    def _handed(self, layer: int, steps: NDArray[np.void]) -> NDArray[np.int64]:
-        """`[steps]`: demands of `layer` and guesses for the next one, which travelled since the step began and before
-        its successor did.
-        """
-        kind, of = self.moved["kind"], self.moved["layer"]
-        demands, guesses = kind == EventKind.DEMAND, kind == EventKind.PREFETCH
-        mine = demands & (of == layer) | guesses & (of == (layer + 1) % self.num_layers)
-        places = np.searchsorted(steps["start_s"], self.moved["start_s"][mine], side="right") - 1
-        return np.bincount(places[places >= 0], minlength=len(steps))
-
-    def before(self, layer: int) -> NDArray[np.float64]:
-        """Per step of `layer`: seconds since the layer before it ended, or since the last token was out."""
-        steps = self.steps[self.steps["layer"] == layer]
-        if layer:
-            earlier = self.steps[self.steps["layer"] == layer - 1]
-            _, mine, theirs = np.intersect1d(steps["token"], earlier["token"], return_indices=True)
-            return np.asarray(steps["start_s"][mine] - earlier["end_s"][theirs], np.float64)
-        places = np.searchsorted(self.ends, steps["start_s"], side="right") - 1
-        return np.asarray((steps["start_s"] - self.ends[places])[places >= 0], np.float64)
-
-    def after(self) -> NDArray[np.float64]:
-        """Per token: seconds from its last layer's end until it was out."""
-        last = self.steps[self.steps["layer"] == self.num_layers - 1]
-        places = np.searchsorted(self.ends, last["end_s"], side="left")
-        known = places < len(self.ends)
-        return np.asarray(self.ends[places[known]] - last["end_s"][known], np.float64)
-
-
 def _admit_s_per_byte(runs: Sequence[Run], alone: LinkSpeed) -> float:
     """What copies into slots took, or such a copy alone where nothing was admitted."""
     admits = np.concatenate([run.events[run.events["kind"] == EventKind.ADMIT] for run in runs])
     if not len(admits):
         return alone.copy_s_per_byte
     return float(np.quantile((admits["end_s"] - admits["start_s"]) / admits["nbytes"], _SETTLED))
-
-
-def _begins(moved: NDArray[np.void]) -> NDArray[np.bool_]:
-    """`[rows]`: whether a row of DEMAND or PREFETCH is a transfer's first. A guess that was promoted on its way counts
-    as two, because its parts are served apart.
-    """
-    keys = [moved[name].astype(np.int64) for name in ("kind", "token", "layer", "expert", "part")]
-    begins = np.zeros(len(moved), bool)
-    begins[np.unique(np.stack(keys), axis=1, return_index=True)[1]] = True
-    return begins
 
 
 def _fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[float]:
@@ -222,30 +138,6 @@ def _link(runs: Sequence[Run], alone: LinkSpeed) -> tuple[float, float]:
     return 1 / byte_s, latency_s + base_s / float(moved[:, 0].mean())
 
 
-def bursts(events: NDArray[np.void]) -> NDArray[np.float64]:
-    """`[bursts, 3]`: transfers, bytes and busy seconds of the demands, and of the guesses, for each layer and token."""
-    moved = events[np.isin(events["kind"], (EventKind.DEMAND, EventKind.PREFETCH))]
-    moved = moved[moved["phase"] == TracePhase.DECODE]
-    if not len(moved):
-        return np.zeros((0, 3))
-    keys = [moved[name].astype(np.int64) for name in ("kind", "token", "layer")]
-    _, place = np.unique(np.stack(keys), axis=1, return_inverse=True)
-    order = np.lexsort((moved["start_s"], place.ravel()))
-    moved, place = moved[order], place.ravel()[order]
-    transfers = np.unique(np.stack((place, moved["expert"], moved["part"])), axis=1)[0]
-    # Bursts are moved apart, so that one pass unites the intervals of each.
-    first_s = moved["start_s"].min()
-    apart_s = place * (moved["end_s"].max() - first_s + 1.0) - first_s
-    starts_s, ends_s = moved["start_s"] + apart_s, moved["end_s"] + apart_s
-    seen_s = np.maximum.accumulate(np.concatenate(([-np.inf], ends_s[:-1])))
-    busy_s = np.maximum(0.0, ends_s - np.maximum(starts_s, seen_s))
-    return np.column_stack([np.bincount(transfers), np.bincount(place, moved["nbytes"]), np.bincount(place, busy_s)])
-
-
 def _median(values: Sequence[NDArray[np.float64]]) -> float:
     together = np.concatenate(values)
     return float(np.median(together)) if len(together) else 0.0
-
-
-def _length(events: NDArray[np.void]) -> float:
-    return float((events["end_s"] - events["start_s"]).sum())

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .cost_fit import Run, bursts, computing
+from .cost_fit import computing
 from .costs import Costs, LayerCosts
+from .recordings import Run, bursts
 from .spec import MoeLayer, Plan
 from .trace import EventKind, TracePhase
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from .budgets import OF_EXPERTS, budget_bytes
-from .cost_fit import Run
 from .costs import LinkSpeed
 from .engine import Engine
 from .link_probe import probe_link
+from .recordings import Run
 from .routing import RoutingTrace
 from .uniform import uniform_plan
 

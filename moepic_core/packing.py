@@ -9,13 +9,17 @@ numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .errors import BadCheckpoint
 from .spec import MoeLayer
 from .units import ALIGNMENT_BYTES
+
+NUM_FUSED = 2  # tensors of a layer: into the neurons, and down
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,14 @@ def pack_expert(record: Tensor, name: str, weight: Tensor, layout: FusedLayout) 
     else:
         record[:, 0].copy_(weight[0::2])
         record[:, 1].copy_(weight[1::2])
+
+
+def check_layout(layer: MoeLayer, fused: Mapping[str, Tensor], layout: FusedLayout, name: str) -> None:
+    """Raises BadCheckpoint when a fused tensor has not the shape that the geometry promises."""
+    for key, shape in layout.shapes(layer).items():
+        found = tuple(fused[key].shape) if key in fused else None
+        if found != shape:
+            raise BadCheckpoint(f"{name}.{key} should be {list(shape)} but is {found}; the checkpoint is damaged")
 
 
 def aligned_bytes(nbytes: int) -> Tensor:

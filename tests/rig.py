@@ -11,8 +11,8 @@ from moepic_core.arena import Arena
 from moepic_core.budgets import Needs
 from moepic_core.expert_math import ExpertMath, PairSum
 from moepic_core.geometry import record_stride, top_rows
-from moepic_core.host_store import RamStore
 from moepic_core.packing import FusedLayout
+from moepic_core.ram_store import RamStore
 from moepic_core.residency import Residency
 from moepic_core.spec import ModelSpec, MoeLayer, Plan, Settings
 from moepic_core.step import Step

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moepic_core.cost_fit import Run, bursts, computing, fit_costs
+from moepic_core.cost_fit import computing, fit_costs
 from moepic_core.costs import LinkSpeed
+from moepic_core.recordings import Run, bursts
 from moepic_core.trace import EVENT, Coverage, EventKind, Part, TracePhase
 
 BEFORE, STEP, GUESS, SEGMENT, ROW, AFTER, TRANSFER, ADMIT = 1e-3, 2e-4, 5e-5, 3e-5, 1e-6, 4e-3, 7e-5, 3e-10

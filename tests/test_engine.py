@@ -403,7 +403,7 @@ def test_a_layout_that_cannot_be_split_is_refused_by_the_name_of_its_flag(
         Engine.load(Settings(checkpoint=str(checkpoints("mixtral")), device="cpu", link="pcie4x16"))
 
 
-@pytest.mark.parametrize("place", ["moepic_core.host_store.RamStore.add", "torch.nn.Module.to"])
+@pytest.mark.parametrize("place", ["moepic_core.ram_store.RamStore.add", "torch.nn.Module.to"])
 def test_memory_that_runs_out_while_loading_is_one_sentence_and_leaves_nothing(
     place: str, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

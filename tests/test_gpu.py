@@ -135,7 +135,7 @@ def test_pageable_memory_serves_too_and_says_so(
 ) -> None:
     with load(checkpoints("olmoe"), split=0.5) as engine:
         expected = reply(engine)
-    monkeypatch.setattr("moepic_core.host_store.pin", lambda records: Pinned(records, "the test is against it"))
+    monkeypatch.setattr("moepic_core.ram_store.pin", lambda records: Pinned(records, "the test is against it"))
     with load(checkpoints("olmoe"), split=0.5) as engine:
         engine.reconfigure(vram=engine.needs.smallest)
         assert reply(engine) == expected

@@ -17,11 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepic_core import host_store
+from moepic_core import ram_store
+from moepic_core.disk_store import DiskStore, default_packed_folder
 from moepic_core.errors import BadCheckpoint, MoepicError, OutOfRoom
 from moepic_core.geometry import record_stride, segment
-from moepic_core.host_store import DiskStore, HostStore, RamStore, check_layout, default_packed_folder
-from moepic_core.packing import FusedLayout, aligned_bytes, pack_expert, rows_of
+from moepic_core.host_store import HostStore
+from moepic_core.packing import FusedLayout, aligned_bytes, check_layout, pack_expert, rows_of
+from moepic_core.ram_store import RamStore
 from moepic_core.spec import ModelSpec, MoeLayer
 from moepic_core.transfer.base import Priority
 from moepic_core.transfer.thread import ThreadTransfer
@@ -129,7 +131,7 @@ def test_a_tensor_is_packed_beside_the_reading_of_the_next(monkeypatch: pytest.M
         packed.append(name)
         pack_expert(record, name, *rest)
 
-    monkeypatch.setattr(host_store, "pack_expert", wait)
+    monkeypatch.setattr(ram_store, "pack_expert", wait)
     store = RamStore(SPEC, DTYPE, pinned=False)
     store.add(0, "gate_up_proj", fused_of(0)["gate_up_proj"], LAYOUT)
     assert not packed
@@ -161,7 +163,7 @@ def test_what_packing_raises_comes_out_of_the_next_call(monkeypatch: pytest.Monk
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(host_store, "pack_expert", fail)
+    monkeypatch.setattr(ram_store, "pack_expert", fail)
     before, store = packers(), RamStore(SPEC, DTYPE, pinned=False)
     tensor = fused_of(0)["down_proj"]
     store.add(0, "down_proj", tensor, LAYOUT)
@@ -193,7 +195,7 @@ def test_pinning_ends_at_the_first_refusal(monkeypatch: pytest.MonkeyPatch) -> N
         def release(self) -> None:
             self.released = True
 
-    monkeypatch.setattr("moepic_core.host_store.pin", FakePin)
+    monkeypatch.setattr("moepic_core.ram_store.pin", FakePin)
     three = replace(SPEC, moe_layers=(LAYERS[0],) * 3)
     store = RamStore(three, DTYPE, pinned=True)
     for layer in range(3):

@@ -20,14 +20,14 @@ CORE = ROOT / "moepic_core"
 LAYERS = {
     "words": "errors units costs spec links events",
     "thought": "geometry routing eviction hit_curves eviction_choice activation_matrices predictor trace metrics "
-    "telemetry guesses cost_fit drift workload cost_model split_search allocation shares budgets uniform frontier "
-    "planner needs simulated_link simulated_layer simulated_residency simulated_step simulator presets synthetic "
-    "verdict ablation",
+    "telemetry guesses recordings cost_fit drift workload cost_model split_search allocation shares budgets uniform "
+    "frontier planner needs simulated_link simulated_layer simulated_residency simulated_step simulator presets "
+    "synthetic verdict ablation",
     "bytes": "folders safetensors_header shards model_config checkpoint lazy_tensors finder packing row_sums "
     "expert_math trace_file extras memory",
     "places": "transfer.base transfer.clocks transfer.ledger transfer.backend transfer.pinning transfer.thread "
     "transfer.emulated transfer.device_queue transfer.cuda "
-    "arena host_store embedding_rows device_cache staging calibrate",
+    "arena host_store ram_store disk_store embedding_rows device_cache staging calibrate",
     "joint": "loads residency pieces step link_probe hf.embedding hf.linear hf.loading hf.model hf.text hf.experts "
     "hf.probe steering turn assembly",
     "whole": "governor passes replies engine measuring calibration comparison",
@@ -46,7 +46,7 @@ PRIVILEGES = {
     "ctypes": ("transfer.",),
     "threading": ("transfer.", "turn", "telemetry", "finder", "lazy_tensors"),  # all but transfers for one lock each
     "argparse": ("cli", "commands."),
-    "concurrent": ("lazy_tensors", "host_store"),  # two readers of one large tensor; one packer
+    "concurrent": ("lazy_tensors", "ram_store"),  # two readers of one large tensor; one packer
     **dict.fromkeys(("asyncio", "multiprocessing", "queue", "subprocess", "socket"), ()),
     **dict.fromkeys(("app", "launch", "gradio", "plotly"), ()),
 }

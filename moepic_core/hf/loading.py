@@ -24,9 +24,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..arena import is_out_of_memory
 from ..errors import BadCheckpoint
-from ..host_store import HostStore, check_layout
+from ..host_store import HostStore
 from ..lazy_tensors import LazyTensors
-from ..packing import FusedLayout
+from ..packing import FusedLayout, check_layout
 from ..spec import ModelSpec
 from .embedding import divert
 

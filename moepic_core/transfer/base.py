@@ -1,6 +1,6 @@
 """The contract of everything that moves bytes toward the device.
 
-`residency` submits copies and waits on tickets; `host_store` makes the sources; `thread.py`, `emulated.py` and
+`residency` submits copies and waits on tickets; a host store makes the sources; `thread.py`, `emulated.py` and
 `cuda.py` are the backends, and `tests/null_transfer.py` another that tests drive by hand. Every asynchronous copy has
 a ticket: until `wait` returned, the destination holds nothing that may be read, and until the ticket is settled it may
 not be reused. Copies run in chunks, so that a demand overtakes what is queued of a guess. Nothing here knows what an

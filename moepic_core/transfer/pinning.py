@@ -1,6 +1,6 @@
 """Page-locks host memory in place, so that a GPU copies from it at full speed without help of the CPU.
 
-`host_store` pins each layer's records and falls back to pageable memory, visibly, where that fails. Torch's own
+`ram_store` pins each layer's records and falls back to pageable memory, visibly, where that fails. Torch's own
 `pin_memory()` allocates anew and rounds up to a power of two; registering takes exactly what is there.
 """
 
