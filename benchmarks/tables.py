@@ -59,7 +59,7 @@ def compared(result: dict[str, Any]) -> list[str]:
 
 
 def by_ratio(result: dict[str, Any]) -> dict[str, list[Row]]:
-    ratios = dict.fromkeys(row["ratio"] for row in result["rows"])
+    ratios = sorted({row["ratio"] for row in result["rows"]})
     return {
         f"link {ratio:g} × slower than compute": [row for row in result["rows"] if row["ratio"] == ratio]
         for ratio in ratios
