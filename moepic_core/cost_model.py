@@ -61,7 +61,8 @@ def pieces(layer: MoeLayer, costs: LayerCosts, machine: Costs, rows: NDArray[np.
         miss_handing_s=(has_top.astype(float) + has_bottom) * costs.transfer_s,
         top_s=has_top * (costs.segment_s + rows * costs.row_s),
         bottom_s=has_bottom * (costs.segment_s + (layer.neurons - rows) * costs.row_s),
-        admit_s=top_bytes.astype(float) * costs.admit_s,
+        # A whole expert's buffer becomes its slot. (Not if another layer's are larger, which no known model has.)
+        admit_s=has_bottom * top_bytes.astype(float) * costs.admit_s,
     )
 
 

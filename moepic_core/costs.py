@@ -19,7 +19,7 @@ class LayerCosts:
     guess_s: float  # asking the next layer's router ahead of time
     segment_s: float  # of computing one segment, however short it is
     row_s: float  # more for each neuron of a segment
-    admit_s: float  # of copying one arrived top into its slot, per byte
+    admit_s: float  # of copying one arrived top into its slot, per byte; a whole expert's buffer becomes its slot
     transfer_s: float  # of handing one transfer over, and what serving it takes from whoever computes
 
 

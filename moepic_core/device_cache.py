@@ -97,6 +97,13 @@ class LayerCache:
         del self.expert_to_slot[slot.expert]
         slot.expert, slot.state = -1, SlotState.FREE
 
+    def exchange(self, slot: Slot, buffer: Tensor) -> Tensor:
+        """The slot takes `buffer`, in which its expert has arrived, and gives its own, of the same size."""
+        assert slot.state is SlotState.ARRIVING and buffer.numel() == slot.buffer.numel(), (slot.state, buffer.shape)
+        given, slot.buffer = slot.buffer, buffer
+        slot.weights = rows_of(buffer, self.geometry, self.dtype, 0, self.top_rows)
+        return given
+
     def shrink(self, num_slots: int, top_rows: int, ranking: list[int]) -> None:
         """First half of a change: gives memory back. Keeps the best of `ranking`; nothing may be in use.
 

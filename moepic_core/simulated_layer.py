@@ -31,7 +31,7 @@ class SimulatedLayer:
         self.rest_bytes = record_stride(geometry) - self.top_bytes
         self.top_s = costs.segment_s + self.rows * costs.row_s
         self.bottom_s = costs.segment_s + (geometry.neurons - self.rows) * costs.row_s
-        self.admit_s = self.top_bytes * costs.admit_s
+        self.admit_s = 0.0 if self.whole else self.top_bytes * costs.admit_s  # a whole one's buffer becomes its slot
         self.forget_counts()
 
     def forget_counts(self) -> None:

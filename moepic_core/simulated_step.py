@@ -164,8 +164,9 @@ class SimulatedStep:
             residency.place_wishes()
 
     def _admit(self, expert: int) -> None:
-        """Copies a newcomer's top from staging into a slot, on the device, if there is one."""
+        """A newcomer's top moves from staging into a slot, if there is one: copied, or with its buffer."""
         residency, layer, start_s = self.residency, self.layer, self.residency.now_s
         if layer.make_room(expert, self.experts, residency.token):
             residency.now_s += layer.admit_s
-            residency.event(EventKind.ADMIT, Part.TOP, self.number, expert, layer.top_bytes, start_s)
+            if not layer.whole:
+                residency.event(EventKind.ADMIT, Part.TOP, self.number, expert, layer.top_bytes, start_s)

@@ -220,19 +220,32 @@ class Step:
             residency.place_wishes()
 
     def _admit(self, staged: StagingBuffer) -> None:
-        """Copies a newcomer's top from staging into a slot, on the device, if the policy gives it one."""
+        """A newcomer's top moves from staging into a slot if the policy gives it one: copied on the device, or where a
+        slot holds a whole record, by exchanging the two buffers.
+        """
         residency = self.residency
         slot = residency.room_for_top(self.layer, staged.expert, self._protected)
         if slot is None:
             return
         start_s, nbytes = time.perf_counter(), slot.buffer.numel()
-        slot.buffer.copy_(staged.buffer[:nbytes])
+        copies = nbytes < staged.buffer.numel()
+        if copies:
+            slot.buffer.copy_(staged.buffer[:nbytes])
+        else:
+            staged.buffer = self.cache.exchange(slot, staged.buffer)
         self.cache.arrived(slot)
         self.cache.release(slot, residency.transfer.fence())
-        end_s = self._computed_s()
-        residency.telemetry.event(
-            EventKind.ADMIT, self.layer, staged.expert, Part.TOP, start_s, end_s, nbytes, residency.token
-        )
+        if copies:
+            residency.telemetry.event(
+                EventKind.ADMIT,
+                self.layer,
+                staged.expert,
+                Part.TOP,
+                start_s,
+                self._computed_s(),
+                nbytes,
+                residency.token,
+            )
 
     def _abandon_all(self) -> None:
         for need in list(self.open.values()):

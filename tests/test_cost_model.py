@@ -89,6 +89,13 @@ def test_overheads_are_counted() -> None:
     assert result.demand_s == pytest.approx(5 + 2 + 10 + 2 * 2)
 
 
+def test_a_whole_expert_is_admitted_for_nothing() -> None:
+    costs = dataclasses.replace(COSTS, admit_s=1 / 4096)
+    copied, exchanged = (times(rows, 100, costs, misses=1, guessed_misses=1, admitted=1) for rows in (5, 10))
+    assert copied.compute_s == pytest.approx(1 + 5)
+    assert exchanged.compute_s == pytest.approx(1)
+
+
 @pytest.mark.parametrize("layer", [LAYER, toy_layer(37, 33), MoeLayer(0, 2, 3, 1000, 2, 2)])
 def test_pieces_are_those_of_the_geometry(layer: MoeLayer) -> None:
     rows = np.arange(layer.neurons + 1)

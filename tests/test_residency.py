@@ -121,6 +121,33 @@ def test_a_partial_hit_moves_only_the_bottom() -> None:
     assert rig.transfer.counters().demand_bytes - before == rig.record_bytes
 
 
+@pytest.mark.parametrize(("split", "copies"), [(1.0, 0), (0.4, 1)])
+def test_a_guess_that_came_true_moves_into_a_slot(split: float, copies: int) -> None:
+    """A whole expert with its buffer, a top by a copy; either way it is found there by the next token."""
+    rig = Rig(room_records=6, split=split)
+    x, _, weights = inputs(1, 0)
+    routes = torch.tensor([[3, 4]])
+    rig.residency.begin_pass(1)
+    rig.run(0, x, routes, weights, guesses=[3])
+    guess = rig.residency.staging.find_guess(1, 3)
+    assert guess is not None
+    travelled_into, used_bytes = guess.buffer, rig.arena.used_bytes
+    first = rig.run(1, x, routes, weights)
+    slot = rig.residency.caches[1].find(3)
+    assert slot is not None
+    assert (slot.buffer is travelled_into) == (not copies)
+    assert not any(free.buffer is slot.buffer for free in rig.residency.staging.free)
+    before = rig.transfer.counters().demand_bytes
+    assert torch.equal(rig.run(1, x, routes, weights), first)
+    assert (rig.transfer.counters().demand_bytes == before) == (not copies)  # a cached top still lacks its bottom
+    assert rig.arena.used_bytes == used_bytes
+    events, _ = rig.telemetry.events()
+    assert (events["kind"] == EventKind.ADMIT).sum() == copies
+    rig.residency.check()
+    rig.residency.close()
+    assert rig.arena.used_bytes == 0
+
+
 def test_a_demand_takes_the_newest_guess_away_when_staging_is_full() -> None:
     rig = Rig(room_records=0, split=0.0)
     x, _, weights = inputs(1, 0)
