@@ -3,9 +3,10 @@
 `python -m benchmarks.compare_strategies [CHECKPOINT]`. Link speeds are such that loading all experts of a token
 takes 1, 2.9 (the paper's machine) and 6 times what computing the token takes. A cell starts with empty caches and the
 routing of an earlier session, plays a few replies to warm up and then the measured ones; all cells are played in turn,
-several rounds. A round begins with a calibration, and beside what it measured stand the cost model's prediction and the
-simulator's replay of the same tokens, both by the costs of that round. Emulated link; times hold for this machine,
-ratios travel. `benchmarks.tables` makes tables of the last line, which is one JSON object, `benchmarks.draw` pictures.
+several rounds. A round begins with a calibration. Beside what it measured stand what the plan had promised from the
+routing of before, and for the very tokens that were played the cost model's prediction and the simulator's replay, all
+by the costs of that round. Emulated link; times hold for this machine, ratios travel. `benchmarks.tables` makes tables
+of the last line, which is one JSON object, `benchmarks.draw` pictures.
 
 One thread computes, so that the link's copies have a core of their own, as they have a copy engine on a GPU.
 `benchmarks.reference_checkpoints` makes two checkpoints for this: `wide` with the bundled model's routing and experts
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.common import ForeignLoad, report
@@ -35,11 +37,12 @@ from moepic_core.engine import Engine
 from moepic_core.events import Done
 from moepic_core.hf.text import Sampling
 from moepic_core.measuring import aside, start_over
-from moepic_core.routing import RoutingTrace
+from moepic_core.routing import RoutingTrace, joined
 from moepic_core.simulator import simulate
 from moepic_core.spec import STRATEGIES, Plan, Settings
-from moepic_core.trace import decoded
+from moepic_core.trace import Outcome, TracePhase, decoded
 from moepic_core.trace_file import load_trace
+from moepic_core.workload import replay, workload
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHARES = (1 / 6, 1 / 3, 1 / 2, 5 / 8, 4 / 5)  # of all experts' bytes
@@ -51,7 +54,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "moepic, the paper's LCP": {"strategy": "moepic", "eviction": "lcp"},
     "moepic, ageing LCP": {"strategy": "moepic", "eviction": "lcp-aged"},
     "moepic, LRU": {"strategy": "moepic", "eviction": "lru"},
-    "moepic, uniform 0.5": {"strategy": "moepic", "split": 0.5},
+    "moepic, all halves": {"strategy": "moepic", "split": 0.5},
+    "moepic, equal shares of halves": {"strategy": "mixtral-offloading", "split": 0.5, "eviction": "lcp-aged"},
 }
 
 
@@ -63,7 +67,8 @@ class Cell:
     share: float
     ratio: float
     plan: Plan | None = None
-    tpot_s: list[float] = field(default_factory=list)  # one per round, as the two below
+    tpot_s: list[float] = field(default_factory=list)  # one per round, as the three below
+    planned_s: list[float] = field(default_factory=list)
     predicted_s: list[float] = field(default_factory=list)
     simulated_s: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +86,7 @@ def main() -> int:
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--temperature", type=float, default=0.0, help="1 for random weights, which repeat themselves")
     parser.add_argument("--threads", type=int, default=1, help="of computation")
+    parser.add_argument("--compute-ms", type=float, help="of a token, that sets the links; measured first if not given")
     parser.add_argument("--ablations", action="store_true", help="parts of moepic switched off, in place of strategies")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -90,6 +96,7 @@ def main() -> int:
         name: {"strategy": name} for name in STRATEGIES
     }  # fmt: skip
     compute_s, active_bytes = compute_of_token(options.checkpoint)
+    measured_s, compute_s = compute_s, compute_s if options.compute_ms is None else options.compute_ms / 1e3
     cells: list[Cell] = []
     disturbed = 0
     for ratio in options.ratios:
@@ -100,7 +107,8 @@ def main() -> int:
     rows = [row(cell) for cell in cells]
     print(table(rows), file=sys.stderr)
     report("compare_strategies", {
-        "emulated_link": True, "checkpoint": Path(options.checkpoint).name, "compute_s_per_token": compute_s,
+        "emulated_link": True, "checkpoint": Path(options.checkpoint).name, "resident_s_per_token": measured_s,
+        "compute_s_per_token": compute_s,
         "active_bytes_per_token": active_bytes, "disturbed_cells": disturbed, "rounds": options.rounds,
         "margins": margins(rows), "rows": rows,
     })  # fmt: skip
@@ -188,16 +196,43 @@ def play(
     played = decoded(engine.residency.telemetry.trace(), num_experts, "this run", {}).last(2 * tokens)
     assert engine.plan is plan, "the plan changed while a cell was played"
     layers, warm_up = engine.spec.moe_layers, played.num_tokens - tokens
+    assert plan.predicted is not None, plan.reason
     predicted = predict(plan, layers, costs, played, warm_up=warm_up, earlier=earlier)
-    replay = simulate(played, plan, costs, layers, warm_up=warm_up, earlier=earlier)
+    replayed = simulate(played, plan, costs, layers, warm_up=warm_up, earlier=earlier)
+    cell.planned_s.append(plan.predicted.total_s)
     cell.predicted_s.append(predicted.total_s)
-    cell.simulated_s.append(replay.tpot_s)
+    cell.simulated_s.append(replayed.tpot_s)
     cell.facts = {
         "hit_rate": figures.hit_rate, "partial_hit_rate": figures.partial_hit_rate, "miss_rate": figures.miss_rate,
+        "foreseen": foreseen(engine, plan, tokens),
+        "expected_foreseen": expected_foreseen(plan, played, warm_up, earlier),
+        "stall_s": figures.stall_s / tokens, "link_busy_s": figures.link_busy_s / tokens,
         "overlap": figures.overlap, "bytes_per_token": (figures.demand_bytes + figures.prefetch_bytes) / tokens,
-        "simulated_hit_rate": replay.breakdown.hit_rate, "simulated_miss_rate": replay.breakdown.miss_rate,
+        "simulated_hit_rate": replayed.breakdown.hit_rate, "simulated_miss_rate": replayed.breakdown.miss_rate,
         "budget_bytes": budget,
     }  # fmt: skip
+
+
+def foreseen(engine: Engine, plan: Plan, tokens: int) -> float:
+    """Of what the last `tokens` used, the share that was cached, at least its top, or had been guessed in time or not.
+
+    Unlike hits it does not hang on whether a transfer ends a microsecond before or behind the router's answer.
+    """
+    rows = engine.residency.telemetry.trace().routing
+    rows = rows[rows["phase"] == TracePhase.DECODE][-tokens * len(plan.layers) :]
+    guessed = (rows["experts"][:, :, None] == rows["guesses"][:, None, : plan.prefetch_depth]).any(axis=2)
+    return float((guessed | (rows["outcomes"] != Outcome.MISS))[rows["counts"] > 0].mean())
+
+
+def expected_foreseen(plan: Plan, played: RoutingTrace, warm_up: int, earlier: RoutingTrace) -> float:
+    """The same by the cost model's reading of the trace."""
+    known = joined(earlier, played)
+    depth = plan.prefetch_depth if plan.predictor != "none" else 0
+    start = earlier.num_tokens + warm_up
+    work = workload(replay(known, plan.eviction, plan.predictor), depth, start=start)
+    found = [each.found(np.array([share.slots])) for each, share in zip(work.layers, plan.layers, strict=True)]
+    uses = sum(each.uses.sum() for each in work.layers)
+    return float(sum((each.hits + each.guessed_misses).sum() for each in found) / uses)
 
 
 def ask(engine: Engine, question: str, options: argparse.Namespace, seed: int) -> None:
@@ -212,6 +247,7 @@ def row(cell: Cell) -> dict[str, Any]:
     return {
         "strategy": cell.variant, "share": round(cell.share, 4), "ratio": cell.ratio,
         "tpot_s": statistics.median(cell.tpot_s), "tpot_s_min": min(cell.tpot_s), "tpot_s_max": max(cell.tpot_s),
+        "planned_s": statistics.median(cell.planned_s), "planned_over_measured": over(cell.planned_s, cell.tpot_s),
         "predicted_s": statistics.median(cell.predicted_s), "simulated_s": statistics.median(cell.simulated_s),
         "predicted_over_measured": over(cell.predicted_s, cell.tpot_s),
         "simulated_over_measured": over(cell.simulated_s, cell.tpot_s),
@@ -227,14 +263,14 @@ def over(expected_s: Sequence[float], measured_s: Sequence[float]) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{'link':>6}{'cached':>8}  {'strategy':22}{'ms':>8}{'hit':>6}{'part':>6}{'miss':>6}{'ovl':>6}"
-        f"{'pred':>8}{'sim':>8}"
+        f"{'plan':>8}{'pred':>8}{'sim':>8}"
     ]
     for r in rows:
         overlap = "–" if r["overlap"] is None else f"{100 * r['overlap']:.0f}"
         lines.append(
             f"{r['ratio']:6g}{100 * r['share']:7.1f}%  {r['strategy']:22}{1e3 * r['tpot_s']:8.1f}"
             f"{100 * r['hit_rate']:6.0f}{100 * r['partial_hit_rate']:6.0f}{100 * r['miss_rate']:6.0f}{overlap:>6}"
-            f"{1e3 * r['predicted_s']:8.1f}{1e3 * r['simulated_s']:8.1f}"
+            f"{1e3 * r['planned_s']:8.1f}{1e3 * r['predicted_s']:8.1f}{1e3 * r['simulated_s']:8.1f}"
         )
     return "\n".join(lines)
 

@@ -97,7 +97,10 @@ def layer_times(size: Pieces, guess_s: float, machine: Costs, found: Found, wind
     )
     part, late_s, residual_s = _prefetched(size, machine, found, right_s, wrong_s, window_s)
     # Of each run of arrivals the wait for its worst segment, were the link free at the router's answer.
-    promoted = np.where(size.bottom_s > 0, size.bottom_s, size.top_s) - ready_s
+    # The worst of promoted guesses is computed, and admitted if it gets a slot, behind its arrival.
+    num_right = np.maximum(1, found.guessed_hits + found.guessed_misses)
+    last_s = np.where(size.bottom_s > 0, size.bottom_s, size.top_s) + found.admitted / num_right * size.admit_s
+    promoted = last_s - ready_s
     bottoms = size.hit_link_s - ready_s + np.maximum(0, hits - 1) * np.maximum(0, size.hit_link_s - size.bottom_s)
     wholes = (
         hits * (size.hit_link_s - size.bottom_s)

@@ -86,7 +86,7 @@ class Outlook:
             self._eviction, self._more_hits = best_eviction(trace)
         self._replay = replay(trace, self._eviction, predictor_of(settings), costs.guess_accuracy)
         depth = settings.most_guesses(needs.top_k) if predictor_of(settings) != "none" else 0
-        self._depths = [depth, 0] if depth and self._may_choose else [depth]
+        self._depths = list(dict.fromkeys((depth, depth // 2, 0))) if self._may_choose else [depth]
         self._works = {each: workload(self._replay, each) for each in self._depths}
 
     def plan(self, budget: int) -> Plan:
@@ -98,13 +98,13 @@ class Outlook:
         bases = [replace(base, eviction=self._eviction) for base in bases]
         candidates = [self._candidates(base) for base in bases]
         everything = table(*(shares for each in candidates for shares in each))
-        depths = {base.prefetch_depth for base in bases} | ({0} if self._may_choose else set())
+        ways_of = [[min(depth, base.prefetch_depth) for depth in self._depths] for base in bases]
         walks = {
-            depth: walk(self._work(depth), layers, self.costs, *everything, itemised=True) for depth in sorted(depths)
+            depth: walk(self._work(depth), layers, self.costs, *everything, itemised=True)
+            for depth in sorted({depth for ways in ways_of for depth in ways})
         }
         plans, row = [], 0
-        for base, shares in zip(bases, candidates, strict=True):
-            ways = [base.prefetch_depth, 0] if self._may_choose else [base.prefetch_depth]
+        for base, shares, ways in zip(bases, candidates, ways_of, strict=True):
             seconds = np.array([walks[depth].total_s[row : row + len(shares)] for depth in ways])
             # Uniform routing is the hardest there is for whole experts, so a split has to be clearly faster with it.
             weighed = seconds * ([1.0, TELLING, TELLING] if self._allocation == "assumed" else 1.0)
@@ -112,7 +112,7 @@ class Outlook:
             safe = weighed[:, : self._num_safe].copy()
             if len(ways) > 1:  # a larger budget knows what was found for one way to prefetch under that way only
                 *_, own_way = self._frontier.best(self._room(base))
-                safe[1 - own_way, 0] = np.inf
+                safe[np.arange(len(ways)) != own_way, 0] = np.inf
             of_way, of_shares = np.unravel_index(safe.argmin(), safe.shape)
             predicted = breakdown(walks[ways[of_way]], row + int(of_shares), self.costs)
             plans.append(self._chosen(base, shares, int(best), ways[way], seconds, predicted))
@@ -155,7 +155,9 @@ class Outlook:
             predicted = min(predicted, without, key=lambda each: each.total_s)
             if without.total_s < seconds.min():
                 depth, shares = guesses, empty
-        why += "; no prefetch, which would cost more than it hides" if depth < base.prefetch_depth else ""
+        if depth < base.prefetch_depth:
+            fewer = f"at most {depth} prefetched, as more" if depth else "no prefetch, which"
+            why += f"; {fewer} would cost more than it hides"
         reason = reason_of(base.strategy, shares, layers, why) if why else base.reason
         return replace(
             base,
