@@ -1,12 +1,13 @@
 """Loads models, in a thread of its own, and holds the one that answers now. Called by `state` alone.
 
 A model is unloaded only when the next one looks good, and it comes back when that one fails nevertheless. What goes
-wrong becomes a notice on the board, since nobody waits for it. Knows nothing of answers.
+wrong becomes a notice on the board and a line on the console, since nobody waits for it. Knows nothing of answers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from .settings_store import SettingsStore
 if TYPE_CHECKING:  # importing the engine takes seconds, so the first load does that while the page is up already
     from moepic_core.engine import Engine
 
-LEAST_BUDGET = 1.05  # of the smallest budget, when the verdict says no: loading finds a little more than headers say
+log = logging.getLogger("moepic")
 
 
 class Present(NamedTuple):
@@ -67,11 +68,11 @@ class Loader:
     def cancel(self) -> None:
         self._cancelled.set()
 
-    def wait(self) -> None:
-        """Until no model is being loaded."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until no model is being loaded, or for so many seconds."""
         thread = self._thread
         if thread is not None:
-            thread.join()
+            thread.join(seconds)
 
     def close(self) -> None:
         """Stops loading and unloads the model."""
@@ -103,7 +104,9 @@ class Loader:
         except Cancelled:
             self._board.tell("error", f"{settings.checkpoint} was not loaded: cancelled")
         except Exception as error:  # the end of this thread: the page says what it is, the console has all of it
-            self._board.tell("error", str(explained(error)))
+            sentence = f"{settings.checkpoint} was not loaded: {explained(error)}"
+            self._board.tell("error", sentence)
+            log.error("%s", sentence)
         finally:
             with self._lock:
                 self.progress = self._thread = None
@@ -137,7 +140,7 @@ class Loader:
             return budget if preview.reserved_bytes else settings.vram
         if not anyway:
             raise OutOfRoom(f"{settings.checkpoint} {preview.verdict.text}")
-        return int(preview.needs.smallest * LEAST_BUDGET)
+        return preview.needs.smallest
 
     def _unload(self) -> None:
         with self._lock:

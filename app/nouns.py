@@ -45,7 +45,7 @@ class Answer:
     """What a reply has brought so far."""
 
     text: str = ""
-    waits: bool = False  # for another reply to end
+    waits: str = ""  # what for, in words, as long as nobody works on it
     read_tokens: int = 0  # of the part of the prompt that is new
     prompt_tokens: int = 0  # of that part; 0 until some of it is read
     reason: FinishReason | None = None  # why it ended; None while it goes on

@@ -13,11 +13,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from moepic_core.budgets import OF_EXPERTS, Needs
+from moepic_core.budgets import OF_EXPERTS, Needs, budget_bytes
 from moepic_core.calibrate import probe
 from moepic_core.checkpoint import read_spec
 from moepic_core.errors import BadSettings
 from moepic_core.links import parse_link
+from moepic_core.needs import needs_of
 from moepic_core.spec import Plan, Settings
 from moepic_core.telemetry import Telemetry
 from moepic_core.units import parse_bytes
@@ -77,12 +78,15 @@ class State:
 
     def check(self, settings: Settings) -> None:
         """Raises a MoepicError for what cannot work, as far as a glance shows it: names, units, headers."""
-        parse_link(settings.link, probe(settings.device).device)
-        if not str(settings.vram).endswith(("auto", "%", OF_EXPERTS)):
-            parse_bytes(settings.vram)
+        machine = probe(settings.device)
+        parse_link(settings.link, machine.device)
+        in_words = str(settings.vram).endswith(("auto", "%", OF_EXPERTS))
+        budget = None if in_words else parse_bytes(settings.vram)
         folder = checkpoints.folder(settings.checkpoint)
         if folder is not None:
-            read_spec(folder, settings.dtype)
+            spec = read_spec(folder, settings.dtype)
+            if budget is not None and budget < spec.resident_bytes:  # hopeless, whatever loading would find
+                budget_bytes(budget, needs_of(settings, spec, machine), machine.device_free_bytes)
 
     def preview(self, settings: Settings) -> Preview:
         """What `settings` would need here; loads nothing. Raises a MoepicError when they cannot work at all."""
@@ -113,16 +117,17 @@ class State:
     ) -> Iterator[Answer]:
         """The answer so far, again and again as it grows, until it is complete or `stopped` says so.
 
-        One reply at a time: others wait for their turn. Now and then the text comes without being longer: closing the
+        One reply at a time: others wait for their turn, and all of them for a model that is being loaded. Now and then the text comes without being longer: closing the
         iterator between two texts stops the engine too, also while a long prompt is read. `sampling` are further fields
         of the engine's `Sampling`. Raises a MoepicError.
         """
-        self._ready_engine()
-        while not self._replying.acquire(timeout=UPDATE_S):
+        while (waits := self._waits_for()) or not self._replying.acquire(timeout=UPDATE_S):
             if stopped():
                 yield Answer(reason="stopped")
                 return
-            yield Answer(waits=True)
+            if waits:
+                self._loader.wait(UPDATE_S)
+            yield Answer(waits=waits or "another answer to be complete")
         try:
             values = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, **sampling}
             yield from answers(self._ready_engine(), messages, values, stopped, self._board)
@@ -186,6 +191,18 @@ class State:
     @property
     def _engine(self) -> Engine | None:
         return self._loader.present.engine
+
+    def _waits_for(self) -> str:
+        """What a reply has to wait for before there is any model: its loading, for people; "" for nothing.
+
+        Raises BadSettings when none is loaded nor will be.
+        """
+        progress = self._loader.progress
+        if self._engine is None and progress is not None:
+            done = f", {progress.done_bytes / progress.total_bytes:.0%} done" if progress.total_bytes else ""
+            return f"the model ({progress.kind}{done})"
+        self._ready_engine()
+        return ""
 
     def _ready_engine(self) -> Engine:
         engine = self._engine

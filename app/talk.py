@@ -171,7 +171,7 @@ def _json(value: Any) -> str:
 
 def _waiting(answer: Answer) -> dict[str, Any]:
     if answer.waits:
-        return conversation.waiting("Waiting for another answer to be complete")
+        return conversation.waiting(f"Waiting for {answer.waits}")
     if not answer.prompt_tokens:
         return conversation.waiting("Reading the prompt")
     return conversation.waiting(f"Reading the prompt: {answer.read_tokens} of {answer.prompt_tokens} tokens")

@@ -14,16 +14,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import psutil
 import torch
 
 MAX_FOREIGN_CORES = 0.5
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,46 @@ class Rounds:
         return statistics.median(value / against for value, against in pairs)
 
 
-def interleave(variants: Mapping[str, Callable[[], float]], num_rounds: int) -> Rounds:
-    """Run all variants once to warm up, then `num_rounds` times in turn, every second time backwards."""
-    for measure in variants.values():
-        measure()
-    rounds: list[tuple[float, dict[str, float]]] = []
+@dataclass(frozen=True)
+class Turns(Generic[T]):
+    """What each variant returned, round by round, quiet rounds only."""
+
+    rounds: list[dict[str, T]]
+    num_disturbed: int  # rounds in which other processes were busy
+    all_kept: bool  # they were all disturbed, and so none was thrown away
+
+
+def take_turns(variants: Mapping[str, Callable[[], T]], num_rounds: int) -> Turns[T]:
+    """Run all variants `num_rounds` times in turn, every second time backwards."""
+    rounds: list[tuple[float, dict[str, T]]] = []
     order = list(variants)
     for _ in range(num_rounds):
         load = ForeignLoad()
-        values = {name: variants[name]() for name in order}
+        results = {name: variants[name]() for name in order}
         order.reverse()
-        rounds.append((load.cores(), values))
-    quiet = [values for cores, values in rounds if cores <= MAX_FOREIGN_CORES]
-    kept = quiet or [values for _, values in rounds]
-    return Rounds({name: [values[name] for values in kept] for name in variants}, num_rounds - len(quiet), not quiet)
+        rounds.append((load.cores(), results))
+    quiet = [results for cores, results in rounds if cores <= MAX_FOREIGN_CORES]
+    kept = quiet or [results for _, results in rounds]
+    return Turns(kept, num_rounds - len(quiet), not quiet)
+
+
+def interleave(variants: Mapping[str, Callable[[], float]], num_rounds: int) -> Rounds:
+    """`take_turns` of plain numbers, after one round to warm up."""
+    for measure in variants.values():
+        measure()
+    turns = take_turns(variants, num_rounds)
+    values = {name: [results[name] for results in turns.rounds] for name in variants}
+    return Rounds(values, turns.num_disturbed, turns.all_kept)
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, least and most over rounds."""
+    kept = list(values)
+    return {"median": statistics.median(kept), "min": min(kept), "max": max(kept)}
 
 
 class ForeignLoad:
-    """How many cores other processes have used since this was made."""
+    """How many cores other processes have used since this was made; children that have ended are our own."""
 
     def __init__(self) -> None:
         self._start = self._now()
@@ -77,7 +100,7 @@ class ForeignLoad:
         times = psutil.cpu_times()
         idle_s = times.idle + getattr(times, "iowait", 0.0)
         guest_s = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user time as well
-        return time.perf_counter(), sum(times) - idle_s - guest_s, time.process_time()
+        return time.perf_counter(), sum(times) - idle_s - guest_s, sum(os.times()[:4])
 
 
 def report(benchmark: str, results: Mapping[str, Any]) -> None:
@@ -86,12 +109,22 @@ def report(benchmark: str, results: Mapping[str, Any]) -> None:
         json.dumps(
             {
                 "benchmark": benchmark,
-                "command": f"python -m benchmarks.{benchmark} {shlex.join(sys.argv[1:])}",
+                "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *map(short, sys.argv[1:])]),
                 **machine(),
                 **results,
             }
         )
     )
+
+
+def checkpoint_name(checkpoint: str | Path) -> str:
+    """A folder with its parent's name, so that a/fused and b/fused differ; a hub id as it is."""
+    return "/".join(Path(checkpoint).absolute().parts[-2:]) if Path(checkpoint).exists() else str(checkpoint)
+
+
+def short(argument: str) -> str:
+    """A path from the root by its last two parts, which name a checkpoint; where it lies here is nobody's business."""
+    return "/".join(Path(argument).parts[-2:]) if argument.startswith("/") else argument
 
 
 def machine() -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.full_scale [--tokens 200] [--points 6]`. Each preset model on a card that people would run it on,
 the paper's two on the paper's card. Nothing here was measured: cards are data sheets, times estimates, routing is
-synthetic (`moepic_core/presets.py`, `moepic_core/synthetic.py`); what compares are strategies. The last line is one
-JSON object; `benchmarks.tables` makes tables of it, `benchmarks.draw` a picture.
+synthetic (`moepic_core/presets.py`, `moepic_core/synthetic.py`); what compares are strategies. Plans know the tokens
+before those that are counted, and so do caches. The last line is one JSON object; `benchmarks.tables` makes tables of
+it, `benchmarks.draw` a picture.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def curves(model_name: str, machine_name: str, tokens: int, points: int) -> list
         for strategy in STRATEGIES:
             settings = Settings.create(checkpoint=model.name, strategy=strategy, context_length=4096)
             try:
-                plan = make_plan(settings, needs, budget, costs, trace.last(5 * tokens))
+                plan = make_plan(settings, needs, budget, costs, trace.first(5 * tokens))
             except MoepicError as error:
                 print(f"{model.title}, {strategy}: {error}", file=sys.stderr)
                 continue

@@ -2,26 +2,27 @@
 
 `python -m benchmarks.load CHECKPOINT [--link pcie4x16|disk] [--rounds 3] [--packed-dir DIR]`. Every load runs in a
 process of its own, because peak memory is a property of a process; the two kinds take turns. The page cache is dropped
-for the checkpoint before each load where the system lets us. The last line is one JSON object.
+for the checkpoint before each load. Beside the peak stands what loading may take: the store and the weights outside the
+experts (with the disk link: the budget), 1.5 times the largest layer and 0.7 GB. Median, least and most of the rounds;
+the last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import report
+from benchmarks.common import checkpoint_name, report, spread, take_turns
+from benchmarks.raw_rates import forget_pages
 
 
 def main() -> None:
@@ -37,24 +38,25 @@ def main() -> None:
     if options.only:
         print(json.dumps(_plain(options.checkpoint) if options.only == "plain" else _ours(options)))
         return
-    results: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
-    for _ in range(options.rounds):
-        for kind in results:
-            if not options.warm:
-                _drop_page_cache(options.checkpoint)
-            results[kind].append(_child(kind, options))
+    turns = take_turns({kind: partial(_child, kind, options) for kind in ("ours", "plain")}, options.rounds)
     summary: dict[str, Any] = {}
-    for kind, rows in results.items():
-        summary[kind] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        print(f"{kind:6} {summary[kind]['seconds']:6.2f} s, peak {summary[kind]['peak_bytes'] / 1e9:.2f} GB")
-    ratio = statistics.median(
-        ours["seconds"] / plain["seconds"] for ours, plain in zip(results["ours"], results["plain"], strict=True)
-    )
-    print(f"ratio  {ratio:.2f}; allowance {summary['ours']['allowed_bytes'] / 1e9:.2f} GB")
-    report("load", {"checkpoint": options.checkpoint.name, "link": options.link, "ratio": ratio, **summary})
+    for kind, first in turns.rounds[0].items():
+        summary[kind] = {key: spread(results[kind][key] for results in turns.rounds) for key in first}
+        seconds, peak_gb = summary[kind]["seconds"], summary[kind]["peak_bytes"]["max"] / 1e9
+        print("{:6} {median:6.2f} s ({min:.2f}–{max:.2f}), peak {:.2f} GB".format(kind, peak_gb, **seconds))
+    ratio = spread(results["ours"]["seconds"] / results["plain"]["seconds"] for results in turns.rounds)
+    allowed = summary["ours"]["allowed_bytes"]["min"] / 1e9
+    print("ratio  {median:.2f} ({min:.2f}–{max:.2f}); {:.2f} GB are allowed".format(allowed, **ratio))
+    report("load", {
+        "checkpoint": checkpoint_name(options.checkpoint), "link": options.link, "vram": options.vram,
+        "rounds": options.rounds, "rounds_disturbed": turns.num_disturbed, "disturbed_rounds_kept": turns.all_kept,
+        "ratio": ratio, **summary,
+    })  # fmt: skip
 
 
 def _child(kind: str, options: argparse.Namespace) -> dict[str, float]:
+    if not options.warm:
+        forget_pages(options.checkpoint)
     with tempfile.TemporaryDirectory(dir=options.packed_dir) as folder:
         command = [sys.executable, "-m", "benchmarks.load", str(options.checkpoint), "--only", kind]
         command += ["--link", options.link, "--vram", options.vram, "--packed-dir", folder]
@@ -78,8 +80,7 @@ def _ours(options: argparse.Namespace) -> dict[str, float]:
     with Engine.load(settings) as engine:
         seconds, peak = time.perf_counter() - start, _peak()
         spec = engine.spec
-        store = 0 if options.link == "disk" else spec.host_bytes
-        held = engine.plan.memory.used if options.link == "disk" else store + engine.needs.resident
+        held = engine.plan.memory.budget if options.link == "disk" else spec.host_bytes + engine.needs.resident
         allowed = held + 1.5 * spec.largest_layer_bytes + 0.7e9
         return {"seconds": seconds, "peak_bytes": peak, "before_bytes": before, "allowed_bytes": allowed}
 
@@ -102,14 +103,6 @@ def _plain(checkpoint: Path) -> dict[str, float]:
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _drop_page_cache(folder: Path) -> None:
-    for path in folder.iterdir():
-        with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
 
 
 if __name__ == "__main__":

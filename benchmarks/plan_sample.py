@@ -1,7 +1,7 @@
 """What it loses to plan a large model from its newest tokens only.
 
 `python -m benchmarks.plan_sample [--layers 64] [--experts 256]`. Planning must not take longer than a second, so of
-such a model the planner replays the newest 512 of 5,000 known tokens (`planner.FEWEST_TOKENS`). Here plans are made
+such a model the planner replays the newest 256 of 5,000 known tokens (`planner.FEWEST_TOKENS`). Here plans are made
 from fewer and from more, and all are judged by the tokens that come next, in caches that knew all of the 5,000: how
 much slower each is than the plan from everything, and how far its prediction is off. Synthetic routing that changes its
 subject every 512 tokens, a link that takes 2.9 times as long as computing. The last line is one JSON object.
@@ -21,7 +21,6 @@ from moepic_core import planner
 from moepic_core.budgets import Needs
 from moepic_core.cost_model import table, walk
 from moepic_core.costs import Costs
-from moepic_core.routing import RoutingTrace
 from moepic_core.spec import Plan
 from moepic_core.synthetic import HABITS, synthesize
 from moepic_core.workload import Replay, replay, workload
@@ -47,7 +46,7 @@ def main() -> None:
     rows = []
     for seed in range(options.seeds):
         trace = synthesize(HABITS[HABIT], options.layers, options.experts, options.top_k, KNOWN + NEXT, seed)
-        known, replays = first(trace, KNOWN), {}
+        known, replays = trace.first(KNOWN), {}
         for tokens in options.tokens:
             planner.FEWEST_TOKENS = tokens  # the only thing that differs
             started = time.perf_counter()
@@ -65,12 +64,6 @@ def main() -> None:
     for tokens, each in summary.items():
         print(tokens, each)
     report("plan_sample", {"layers": options.layers, "experts": options.experts, "summary": summary, "rows": rows})
-
-
-def first(trace: RoutingTrace, tokens: int) -> RoutingTrace:
-    parts = (trace.experts, trace.guesses, trace.replies, trace.subjects)
-    experts, guesses, replies, subjects = (part[:tokens] for part in parts)
-    return replace(trace, experts=experts, guesses=guesses, replies=replies, subjects=subjects)
 
 
 def truth(known: Replay, plan: Plan, needs: Needs, costs: Costs) -> float:

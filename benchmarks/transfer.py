@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,12 +20,12 @@ import numpy as np
 import torch
 
 from benchmarks.common import Rounds, interleave, report
+from benchmarks.raw_rates import aligned, read_raw, seconds
 from moepic_core.transfer.base import FileSource, MemorySource, Priority, Source, Transfer
 from moepic_core.transfer.cuda import CudaTransfer
 from moepic_core.transfer.emulated import EmulatedTransfer
 from moepic_core.transfer.pinning import pin
-from moepic_core.transfer.thread import CHUNK_BYTES, ThreadTransfer
-from moepic_core.units import ALIGNMENT_BYTES
+from moepic_core.transfer.thread import ThreadTransfer
 
 TICKET_BYTES = 16 << 20  # about one expert
 SMALL_BYTES = 4096
@@ -60,7 +59,7 @@ def cpu_variants(stack: contextlib.ExitStack, nbytes: int, folder: str | None) -
     bandwidths: Variants = {
         "memory, raw": timed(nbytes, lambda: np.copyto(destination.numpy(), data.numpy())),
         "memory": timed(nbytes, lambda: move(copier, memory, destination)),
-        "disk, raw": timed(nbytes, lambda: read_raw(file, destination)),
+        "disk, raw": timed(nbytes, lambda: read_raw(file.fd, nbytes, memoryview(destination.numpy()))),
         "disk": timed(nbytes, lambda: move(reader, file, destination)),
     }
     for rate in EMULATED_BYTES_PER_S:
@@ -139,45 +138,13 @@ def part_of(source: Source, start: int, nbytes: int) -> Source:
     return FileSource(source.fd, source.offset + start, nbytes, source.path, source.direct)
 
 
-def read_raw(file: FileSource, destination: torch.Tensor, num_threads: int = 2) -> None:
-    """Direct reads of whole chunks by threads that do nothing else."""
-    offsets = iter(range(0, file.nbytes, CHUNK_BYTES))
-    lock, view = threading.Lock(), memoryview(destination.numpy())
-
-    def read() -> None:
-        while True:
-            with lock:
-                offset = next(offsets, None)
-            if offset is None:
-                return
-            os.preadv(file.fd, [view[offset : offset + CHUNK_BYTES]], offset)
-
-    threads = [threading.Thread(target=read) for _ in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 def timed(nbytes: int, action: Callable[[], object]) -> Callable[[], float]:
     """A measurement of `action` in GB/s."""
-
-    def measure() -> float:
-        start_s = time.perf_counter()
-        action()
-        return nbytes / (time.perf_counter() - start_s) / 1e9
-
-    return measure
+    return lambda: nbytes / seconds(action) / 1e9
 
 
 def random_bytes(nbytes: int) -> torch.Tensor:
     return torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
-
-
-def aligned(nbytes: int) -> torch.Tensor:
-    memory = torch.zeros(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8)
-    start = -memory.data_ptr() % ALIGNMENT_BYTES
-    return memory[start : start + nbytes]
 
 
 def started(stack: contextlib.ExitStack, transfer: Transfer) -> Transfer:

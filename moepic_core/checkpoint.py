@@ -21,6 +21,7 @@ from .shards import fingerprint, read_tensors
 from .spec import ModelSpec, MoeLayer
 
 _FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_BUFFERS_BYTES = 64 << 10  # of rotary frequencies and the like, which no file holds; some models have a few kinds
 _DEVICE_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # model.layers.3.mlp.experts.7.up_proj.weight → stack `model.layers`, layer 3, rest `mlp.experts.7.up_proj.weight`
 _LAYER = re.compile(r"(.*?)\.([0-9]{1,6})\.(.+)")
@@ -45,8 +46,9 @@ class _Layer:
 def read_spec(path: str | Path, dtype: str = "auto") -> ModelSpec:
     """The ModelSpec of the checkpoint in folder `path`, in `dtype` on the device ("auto": as the checkpoint says).
 
-    `kv_bytes_per_token` is an estimate: it counts every attention layer as if it kept all tokens. Raises BadCheckpoint
-    when files are missing or damaged, weights are quantized, the model is dense, or config and tensors disagree.
+    `kv_bytes_per_token` is an estimate: it counts every attention layer as if it kept all tokens; what is "at most" in
+    the spec is an estimate from above, too. Raises BadCheckpoint when files are missing or damaged, weights are
+    quantized, the model is dense, or config and tensors disagree.
     """
     folder = Path(path)
     config = ModelConfig(folder)
@@ -75,6 +77,8 @@ def read_spec(path: str | Path, dtype: str = "auto") -> ModelSpec:
     on_host = config.vocab_size * config.hidden * itemsize if tables else 0
     idle = sum((layer.num_experts - config.top_k) * layer.expert_bytes for layer in geometry) // itemsize
     shards = sorted({info.file.name for info in tensors.values()})
+    kv_widths = [_kv_width(layer, config) for layer in layers.values()]
+    states = [_state_bytes(layer, config) for layer in layers.values()]
     return ModelSpec(
         path=str(folder),
         name=_name(folder),
@@ -88,13 +92,16 @@ def read_spec(path: str | Path, dtype: str = "auto") -> ModelSpec:
         vocab_size=config.vocab_size,
         context_length=config.context_length,
         resident_bytes=_device_bytes(others, itemsize) - on_host,
-        kv_bytes_per_token=itemsize * sum(_kv_width(layer, config) for layer in layers.values()),
+        kv_bytes_per_token=itemsize * sum(kv_widths),
         num_parameters=num_parameters,
         active_parameters=num_parameters - idle,
         file_bytes=sum((folder / shard).stat().st_size for shard in shards),
         shards=tuple(shards),
         fingerprint=fingerprint(folder, shards, config.text),
         token_tables=tables,
+        kv_largest_layer_bytes=itemsize * max(kv_widths),
+        state_bytes=sum(states) + max(states),
+        added_bytes=_BUFFERS_BYTES + (4 - itemsize) * _num_weights(info for info in others if _is_small(info, config)),
     )
 
 
@@ -227,6 +234,19 @@ def _kv_width(layer: _Layer, config: ModelConfig) -> int:
             query_heads, kv_heads = config.attention_heads
             width += info.shape[0] * 2 * kv_heads // (query_heads + 2 * kv_heads)
     return width
+
+
+def _state_bytes(layer: _Layer, config: ModelConfig) -> int:
+    """The most that `layer` keeps whatever the length, in float32: for each channel of a convolution its last inputs
+    and, where there is a state space or linear attention behind it, one row of that state.
+    """
+    convolutions = [info.shape for info in layer.others.values() if len(info.shape) == 3 and info.shape[1] == 1]
+    return sum(4 * channels * (width + config.state_width) for channels, _, width in convolutions)
+
+
+def _is_small(info: TensorInfo, config: ModelConfig) -> bool:
+    """A router or a vector: what some families keep in float32."""
+    return info.dtype in _FLOATS and (len(info.shape) < 2 or info.shape == (config.num_experts, config.hidden))
 
 
 def _no_experts(folder: Path, config: ModelConfig) -> BadCheckpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from .recordings import Run, Steps, begins, bursts
 from .trace import EventKind, TracePhase
 
 _SETTLED = 0.1  # of the copies into slots: the first one into fresh memory takes five times as long, but only once
+_CLEARLY = 0.1  # of the squares, that a lower rate of the link must explain
 
 
 def fit_costs(
@@ -99,9 +101,10 @@ def _admit_s_per_byte(runs: Sequence[Run], alone: LinkSpeed) -> float:
     return float(np.quantile((admits["end_s"] - admits["start_s"]) / admits["nbytes"], _SETTLED))
 
 
-def _fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[float]:
+def _fit(x: NDArray[np.float64], y: NDArray[np.float64], worth: float = 1e-3) -> list[float]:
     """y ≈ a + x·b, none below zero: least squares over the median of y at each distinct x, so outliers weigh little.
 
+    Of all choices of columns the one with the least squares; more or earlier columns have to lower them by `worth`.
     Columns of x that do not vary explain nothing and get 0, but for the last: without any a, all is put on it.
     """
     if not len(y):
@@ -111,31 +114,35 @@ def _fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[float]:
     if len(points) == 1:
         last = points[0, -1]
         return [0.0] * x.shape[1] + [float(medians[0] / last) if last else 0.0]
-    columns = [None, *np.flatnonzero(np.ptp(points, axis=0))]
-    while True:
-        design = np.column_stack([np.ones(len(points)) if c is None else points[:, c] for c in columns])
-        weights = np.sqrt(counts)
-        values = np.linalg.lstsq(design * weights[:, None], medians * weights, rcond=None)[0]
-        if (values >= 0).all() or len(columns) == 1:
-            break
-        del columns[int(np.argmin(values))]
-    answer = [0.0] * (x.shape[1] + 1)
-    for column, value in zip(columns, values, strict=True):
-        answer[0 if column is None else int(column) + 1] = max(0.0, float(value))
-    return answer
+    design = np.column_stack((np.ones(len(points)), points)) * np.sqrt(counts)[:, None]
+    wanted = medians * np.sqrt(counts)
+    columns = [*(1 + np.flatnonzero(np.ptp(points, axis=0)))[::-1], 0]
+    answer, least = np.zeros(design.shape[1]), float(wanted @ wanted)
+    rounding = 1e-12 * least
+    for number in range(1, len(columns) + 1):
+        for chosen in map(list, combinations(columns, number)):
+            values, _, rank, _ = np.linalg.lstsq(design[:, chosen], wanted, rcond=None)
+            squares = float(np.square(design[:, chosen] @ values - wanted).sum())
+            if rank == number and (values >= 0).all() and squares < (1 - worth) * least - rounding:
+                answer, least = np.zeros(design.shape[1]), squares
+                answer[chosen] = values
+    return [float(value) for value in answer]
 
 
 def _link(runs: Sequence[Run], alone: LinkSpeed) -> tuple[float, float]:
     """Bytes per second and latency of a transfer beside compute: busy time = transfers · latency + bytes / rate, fitted
-    to what travelled for one layer of one token. Small transfers spend most of their time on being handed over.
+    to what travelled for one layer of one token.
+
+    Where experts are small or of one size, rate and latency look alike. So bytes take what they take alone (no more
+    than was seen), what is left is latency, and the rate is lower only if that explains the runs clearly better.
     """
     moved = np.concatenate([bursts(run.events) for run in runs])
     if not len(moved):
         return alone.bytes_per_s, alone.latency_s
-    base_s, latency_s, byte_s = _fit(moved[:, :2], moved[:, 2])
-    if byte_s == 0:
-        return float(moved[:, 1].sum() / moved[:, 2].sum()), 0.0
-    return 1 / byte_s, latency_s + base_s / float(moved[:, 0].mean())
+    transfers, nbytes, seconds = moved.T
+    alone_s = min(1 / alone.bytes_per_s, float(np.median(seconds / nbytes)))
+    base_s, more_s, latency_s = _fit(np.column_stack((nbytes, transfers)), seconds - alone_s * nbytes, _CLEARLY)
+    return 1 / (alone_s + more_s), latency_s + base_s / float(transfers.mean())
 
 
 def _median(values: Sequence[NDArray[np.float64]]) -> float:

@@ -1,8 +1,9 @@
 """What a checkpoint may bring for MoEpic beside its weights, in a file `moepic.json`: first prompts, recorded routing.
 
 `{"suggested_prompts": ["What is …?"], "routing": "routing.npz"}`, both optional; `routing` is a path relative to the
-checkpoint's folder, to a file that `benchmarks/record_trace.py` writes. Most checkpoints bring nothing. The page reads
-the prompts; routing is where the first plan starts from, before the user has said anything. Nothing here is believed.
+checkpoint's folder, to a file that `benchmarks/record_trace.py` writes; a copied folder may have left it behind. Most
+checkpoints bring nothing. The page reads the prompts; routing is where the first plan starts from, before the user has
+said anything. Nothing here is believed.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ def suggested_prompts(folder: Path) -> tuple[str, ...]:
 
 
 def brought_routing(spec: ModelSpec) -> RoutingTrace | None:
-    """Which experts a conversation used, as the checkpoint's makers recorded it; None when they did not.
+    """Which experts a conversation used, as the checkpoint's makers recorded it; None when no recording is here.
 
     Raises BadCheckpoint for a file that is no trace, or one of another model.
     """
     name = _extras(Path(spec.path)).get("routing")
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not (Path(spec.path) / name).is_file():
         return None
     trace = load_trace(Path(spec.path) / name)
     found = [*trace.num_experts, trace.experts.shape[2]]

@@ -53,6 +53,8 @@ def resolve(name: str, revision: str | None = None, progress: Progress | None = 
     folder = Path(name).expanduser()
     if name.strip() and folder.is_dir():
         return folder
+    if name.strip() and folder.is_file():
+        raise BadCheckpoint(f"{name!r} is a file; give the folder that holds config.json and *.safetensors")
     try:
         validate_repo_id(name)
     except errors.HFValidationError as error:

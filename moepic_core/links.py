@@ -48,7 +48,12 @@ def parse_link(text: str, device: DeviceKind) -> Link:
 
 
 def _bandwidth(text: str, whole: str) -> float:
-    rate = float(parse_bytes(text.removesuffix("/s")))
+    try:
+        rate = float(parse_bytes(text.removesuffix("/s")))
+    except BadSettings as error:
+        raise BadSettings(
+            f"link '{whole}' names no bandwidth; write a number, a unit and /s, such as emulated:16GB/s"
+        ) from error
     if rate <= 0:
         raise BadSettings(f"link '{whole}' would never deliver anything; give a bandwidth such as emulated:16GB/s")
     return rate

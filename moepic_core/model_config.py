@@ -16,6 +16,7 @@ from .shards import read_json
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+_STATE_WIDTH = ("mamba_d_state", "ssm_state_size", "state_size", "linear_key_head_dim")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -70,6 +71,12 @@ class ModelConfig:
         """Query heads and key-value heads."""
         query = self._count("number of attention heads", ("num_attention_heads",))
         return query, self._count("number of key-value heads", ("num_key_value_heads", "num_attention_heads"))
+
+    @property
+    def state_width(self) -> int:
+        """Numbers in one row of the state of a state space or of linear attention; 0 where the model has neither."""
+        widths = [self._values.get(key) for key in _STATE_WIDTH]
+        return max((width for width in widths if type(width) is int), default=0)
 
     @property
     def model_type(self) -> str:

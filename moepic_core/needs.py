@@ -1,7 +1,7 @@
 """How much memory a model takes and a budget may have, from headers alone. Pure; before and after loading alike.
 
 The engine checks with it before it reads a weight, the command line and the page show it before anything is loaded.
-KV is an estimate here; the engine replaces it by what it measures.
+Weights and KV are upper estimates here; the engine replaces them by what it measures.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ def context_length(settings: Settings, spec: ModelSpec) -> int:
 
 
 def needs_of(settings: Settings, spec: ModelSpec, machine: MachineProfile) -> Needs:
-    """Device bytes by kind from headers alone; KV is an estimate, the rest is what loading will find."""
+    """Device bytes by kind from headers alone: upper estimates, so that a budget that they allow loads. One layer's KV
+    counts twice, since growing it copies it.
+    """
     context = context_length(settings, spec)
+    kv = (spec.kv_bytes_per_token + spec.kv_largest_layer_bytes) * context + spec.state_bytes
     workspace = workspace_bytes(settings, spec, context, machine.device)
-    return Needs(spec.moe_layers, spec.top_k, spec.resident_bytes, spec.kv_bytes_per_token * context, workspace)
+    return Needs(spec.moe_layers, spec.top_k, spec.resident_bytes + spec.added_bytes, kv, workspace)
 
 
 def workspace_bytes(settings: Settings, spec: ModelSpec, context: int, device: DeviceKind) -> int:

@@ -27,9 +27,9 @@ from .uniform import cache_room, eviction_of, predictor_of, reason_of, uniform_p
 from .workload import Workload, assumed_trace, replay, workload
 
 EQUAL_SPLITS = (0.5, 1.0)  # that every plan is compared with
-MOST_TOKENS, FEWEST_TOKENS = 5000, 512  # of a trace that is planned from: the newest (5,000: arXiv 2509.08342)
+MOST_TOKENS, FEWEST_TOKENS = 5000, 256  # of a trace that is planned from: the newest (5,000: arXiv 2509.08342)
 TELLING = 1.1  # times faster that assumed routing must say a split is before it is chosen over whole experts
-EXPERTS_REPLAYED = 2_500_000  # tokens × experts, between the two: what that loses is in docs/RESULTS.md
+EXPERTS_REPLAYED = 4_200_000  # tokens × experts, between the two: what that loses is in docs/RESULTS.md
 
 
 def make_plan(settings: Settings, needs: Needs, budget: int, costs: Costs | None, trace: RoutingTrace | None) -> Plan:

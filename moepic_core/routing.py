@@ -48,6 +48,13 @@ class RoutingTrace:
             self.subject_names, self.source,
         )  # fmt: skip
 
+    def first(self, tokens: int) -> RoutingTrace:
+        """The oldest `tokens` tokens."""
+        return replace(
+            self, experts=self.experts[:tokens], guesses=self.guesses[:tokens], replies=self.replies[:tokens],
+            subjects=self.subjects[:tokens],
+        )  # fmt: skip
+
     def of_layers(self, layers: Sequence[int]) -> RoutingTrace:
         """The same tokens in some of the layers."""
         return replace(

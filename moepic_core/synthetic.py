@@ -3,7 +3,7 @@
 Whoever simulates a preset takes `trace_for(model, tokens)`, and shows its `source`, which begins with "synthetic".
 This is a model of routing (ours), no router: the experts of a token are drawn without replacement, each by the
 popularity that the current subject gives it or, with a stated probability, by how much recent tokens used it.
-`fit_locality` turns a published hit rate into that probability. The same seed gives the same trace.
+The same seed gives the same trace.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Habits:
 
 
 # Popularity, memory and subjects were chosen, and locality fitted, so that Qwen1.5-MoE with 30 of 60 experts cached
-# hits as published (arXiv 2509.08342: LRU 56.4 %, LFU 60.7 %, LCP 62.2 %; here 56.7, 62.0 and 62.1). For the others no
+# hits as published (arXiv 2509.08342: LRU 56.4 %, LFU 60.7 %, LCP 62.2 %; here 56.6, 62.1 and 62.2). For the others no
 # such figures are known to us: they are assumed to route alike, but for Mixtral, whose experts are used about evenly
 # and often again by the next token (arXiv 2401.04088). 79 % of the guesses are right: arXiv 2511.10676 puts guesses
 # from the layer before about 15 points below its own 93 and 95 % (DeepSeek-V2-Lite, Qwen3-30B); assumed for all.
@@ -99,32 +99,6 @@ def hit_rate(trace: RoutingTrace, policy: str, num_slots: int) -> float:
     found = ranks(policy, trace).experts
     curves = [hit_curve(found[:, layer], count) for layer, count in enumerate(trace.num_experts)]
     return float(np.mean([curve[num_slots] for curve in curves]))
-
-
-def fit_locality(
-    habits: Habits, target_hit_rate: float, num_slots: int, num_experts: int, top_k: int, policy: str = "lcp",
-    num_layers: int = 3, tokens: int = 3000, seed: int = 0,
-) -> Habits:  # fmt: skip
-    """`habits` with the locality, to 1/64, at which `policy` with `num_slots` slots hits `target_hit_rate`.
-
-    More locality hits more. Raises BadSettings for a rate that no locality gives; other popularity does.
-    """
-    low, high = 0, 64
-
-    def rate(step: int) -> float:
-        changed = replace(habits, locality=step / 64)
-        return hit_rate(synthesize(changed, num_layers, num_experts, top_k, tokens, seed), policy, num_slots)
-
-    least, most = rate(low), rate(high - 1)
-    if not least <= target_hit_rate <= most:
-        raise BadSettings(
-            f"a hit rate of {target_hit_rate:.3f} is out of reach; with popularity {habits.popularity:g} locality "
-            f"gives {least:.3f} to {most:.3f}; choose a popularity to match"
-        )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if rate(middle) < target_hit_rate else (low, middle)
-    return replace(habits, locality=low / 64)
 
 
 def _popularity(

@@ -40,7 +40,7 @@ class Telemetry:
         num_experts: int,  # of the layer that has most
         top_k: int,
         event_capacity: int = 1 << 16,
-        routing_capacity: int = 1 << 18,  # 4096 tokens of 64 layers
+        routing_capacity: int = 5000 * 64,  # tokens × layers, 28 MB with 8 experts per token
     ) -> None:
         self._shape = num_layers, num_experts, top_k, event_capacity, routing_capacity
         self._num_layers, self._top_k = num_layers, top_k

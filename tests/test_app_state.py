@@ -83,9 +83,16 @@ def test_the_answer_grows(state: State) -> None:
     assert list(greedy(state))[-1] == texts[-1]
 
 
+def test_a_hopeless_budget_is_refused_before_anything_is_served(state: State) -> None:
+    state.check(state.settings.replace(vram="auto"))
+    state.check(state.settings.replace(vram="1%"))  # loading says what is wrong with it
+    with pytest.raises(OutOfRoom, match=r"a budget of 100 kB is too small for this model: the smallest is .* bytes: "):
+        state.check(state.settings.replace(vram="100kB"))
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_load_that_cannot_work_leaves_the_old_model_alone(
-    state: State, tmp_path: Path, checkpoints: Callable[..., Path], before: bool
+    state: State, tmp_path: Path, checkpoints: Callable[..., Path], caplog: pytest.LogCaptureFixture, before: bool
 ) -> None:
     answer = list(greedy(loaded(state)))[-1] if before else None
     engine = state._engine
@@ -99,9 +106,12 @@ def test_a_load_that_cannot_work_leaves_the_old_model_alone(
         assert notice is not None
         assert notice.kind == "error"
         assert words in notice.text
+    caplog.clear()
     state.load(state.settings.replace(vram=1000))
     state.wait()
-    assert "too small" in state.look().notice.text  # type: ignore[union-attr]
+    words = f"{state.settings.checkpoint} was not loaded: a budget of 1 kB is too small"
+    assert state.look().notice.text.startswith(words)  # type: ignore[union-attr]
+    assert [record.getMessage() for record in caplog.records] == [state.look().notice.text]  # type: ignore[union-attr]
     assert state._engine is engine
     assert state.look().loads == int(before)
     if before:
@@ -249,6 +259,23 @@ def test_a_reply_tells_how_far_it_is_and_why_it_ended(state: State) -> None:
     assert stopped[-1].reason == "stopped"
     with pytest.raises(BadSettings, match="top_k -1 is out of range"):
         list(state.reply(messages, 0.0, 1.0, 6, lambda: False, top_k=-1))
+
+
+def test_a_question_waits_for_the_model_that_is_being_loaded(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_load, bring = threading.Event(), state._loader._bring
+
+    def late(*arguments: Any) -> None:
+        may_load.wait()
+        bring(*arguments)
+
+    monkeypatch.setattr(state._loader, "_bring", late)
+    state.load(state.settings)
+    reply = state.reply(QUESTION, 0.0, 1.0, 4, lambda: False)
+    assert next(reply).waits == "the model (loading)"
+    assert [answer.reason for answer in state.reply(QUESTION, 0.0, 1.0, 4, lambda: True)] == ["stopped"]
+    may_load.set()
+    *_, last = reply
+    assert (last.reason, last.waits) == ("length", "") and last.text
 
 
 def test_one_reply_waits_for_the_other(state: State) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moepic_core import cli
 from moepic_core.calibration import calibrate
+from moepic_core.costs import Costs, LayerCosts, LinkSpeed
 from moepic_core.engine import Engine
 from moepic_core.errors import Cancelled
 from moepic_core.events import Done
@@ -129,10 +132,51 @@ def test_a_stop_ends_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(greedy(engine)) == 12
 
 
-@pytest.mark.parametrize("damage", ["", "{}", '{"version": 1}', "\x00\x01", '{"version": 1, "time": 9e9, "costs": []}'])
-def test_damaged_memory_counts_as_none(engine: Engine, tmp_path: Path, damage: str) -> None:
-    calibrate(engine)
-    for path in tmp_path.rglob("*.json"):
-        path.write_text(damage)
-    assert Memory(tmp_path).costs(engine.steering._key) is None
-    assert Memory(None).costs(engine.steering._key) is None
+def kept(folder: Path) -> tuple[Memory, Path, dict[str, Any]]:
+    """A memory that holds costs under the key "it", the file that they are in, and what that says."""
+    memory = Memory(folder)
+    layer = LayerCosts(1e-3, 1e-4, 1e-5, 1e-5, 1e-6, 1e-10, 1e-5)
+    memory.keep_costs(["it"], Costs((layer,), 1e-3, 1e9, 1e-5, 4096, "measured", alone=LinkSpeed(1e9, 1e-5, 0.0, 1e9)))
+    assert memory.costs(["it"]) is not None
+    (path,) = folder.rglob("*.json")
+    return memory, path, json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "null", "\x00\x01", '{"version": '])
+def test_a_damaged_file_counts_as_none(tmp_path: Path, damage: str) -> None:
+    memory, path, _ = kept(tmp_path)
+    path.write_text(damage)
+    assert memory.costs(["it"]) is None
+    assert Memory(None).costs(["it"]) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"version": 1}, {"time": "yesterday"}, {"costs": []}, {"costs": {}}, {"costs": {"layers": []}}],
+)
+def test_a_file_that_says_something_else_counts_as_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    memory, path, told = kept(tmp_path)
+    path.write_text(json.dumps({**told, **changes}))
+    assert memory.costs(["it"]) is None
+
+
+@pytest.mark.parametrize("name", ["layers", "alone", "guess_accuracy", "after_s"])
+def test_costs_that_lack_a_part_count_as_none(tmp_path: Path, name: str) -> None:
+    memory, path, told = kept(tmp_path)
+    del told["costs"][name]
+    path.write_text(json.dumps(told))
+    assert memory.costs(["it"]) is None
+
+
+@pytest.mark.parametrize("part", [{"layers": 7}, {"layers": [{"one": 1}]}, {"alone": 7}, {"of_another_version": 7}])
+def test_costs_of_another_shape_count_as_none(tmp_path: Path, part: dict[str, Any]) -> None:
+    memory, path, told = kept(tmp_path)
+    path.write_text(json.dumps({**told, "costs": {**told["costs"], **part}}))
+    assert memory.costs(["it"]) is None
+
+
+@pytest.mark.parametrize(("days", "known"), [(0, True), (29.9, True), (30.1, False), (400, False)])
+def test_costs_older_than_30_days_count_as_none(tmp_path: Path, days: float, known: bool) -> None:
+    memory, path, told = kept(tmp_path)
+    path.write_text(json.dumps({**told, "time": told["time"] - days * 24 * 3600}))
+    assert (memory.costs(["it"]) is not None) == known

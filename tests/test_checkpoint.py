@@ -140,6 +140,8 @@ def test_the_spec_of_a_handmade_checkpoint_is_exact(tmp_path: Path) -> None:
         file_bytes=(folder / "model.safetensors").stat().st_size,
         shards=("model.safetensors",),
         fingerprint=spec.fingerprint,
+        kv_largest_layer_bytes=2 * 7,
+        added_bytes=65536 + 2 * 2 * 24,  # the keys' projections look like routers here
     )
 
 
@@ -207,9 +209,11 @@ def test_fused_and_transposed_experts_biases_and_convolutions_are_told_apart(tmp
         "model.layers.1.mlp.experts.down_proj": ("BF16", [4, 5, 6]),
         "model.layers.0.conv.weight": ("BF16", [4, 1, 3]),
     }
-    spec = read_spec(save(tmp_path, tensors))
+    spec = read_spec(save(tmp_path, tensors, ssm_state_size=5))
     assert spec.moe_layers == (MoeLayer(1, 4, 5, 6, 3, 2),)
     assert spec.resident_bytes == 2 * (204 + 40 + 12)
+    assert spec.state_bytes == 2 * (4 * 4 * (3 + 5))  # channels × (inputs + a row of the state), the largest twice
+    assert read_spec(save(tmp_path, tensors)).state_bytes == 2 * (4 * 4 * 3)
 
 
 def test_a_latent_size_is_the_hidden_size_of_the_experts(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from tiny_checkpoints import write_sparse
 
-from moepic_core import cli
+from moepic_core import calibration, cli
 from moepic_core.commands import generate
 from moepic_core.spec import STRATEGIES
 
@@ -166,6 +167,105 @@ def test_bench_without_a_prompt(moepic: Moepic, folder: Path) -> None:
     )
 
 
+def test_bench_compares_strategies_and_measures_for_those_that_plan(
+    moepic: Moepic, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(calibration, "calibrate", lambda engine: measured.append(engine.spec.name))
+    options = ("--max-new-tokens", 3, "--replies", 1, "--vram", "50% of experts")
+    run = moepic("bench", folder, *ON_CPU, *options, "--compare", "on-demand, pregated")
+    assert (run.code, run.err, measured) == (0, "", [])
+    title, *rows, last = run.out.splitlines()
+    assert title.split() == ["strategy", "ms/token", "hits", "partial", "misses", "overlap"]
+    assert [row.split()[0] for row in rows] == ["on-demand", "pregated"]
+    assert re.fullmatch(r"\(emulated link pcie4x16 \(25 GB/s\), .*, 1 rounds\)", last)
+    run = moepic("bench", folder, *ON_CPU, *options, "--compare", "adapmoe,all", "--json")
+    assert (run.code, run.err, measured) == (0, "", [folder.name])
+    assert list(run.json["compare"]) == ["adapmoe", *(name for name in STRATEGIES if name != "adapmoe")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--compare", "all,moepc"), r"strategy 'moepc' is unknown, did you mean 'moepic'\? Allowed: moepic, "),
+        (("--compare", ""), "strategy '' is unknown"),
+        (("--compare", "all", "--max-new-tokens", 1), "give --max-new-tokens 2 or more"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_loading(
+    options: tuple[object, ...], message: str, moepic: Moepic
+) -> None:
+    run = moepic("bench", "/no/such/folder", *options)
+    assert (run.code, run.out) == (2, "")
+    assert re.fullmatch(rf"moepic: [^\n]*{message}[^\n]*\n", run.err), run.err
+
+
+SIMULATED = ("simulate", "--model", "qwen1.5-moe-a2.7b", "--machine", "rtx3060", "--tokens", 4)
+
+
+def test_simulate_as_text_and_as_json(moepic: Moepic) -> None:
+    run = moepic(*SIMULATED, "--strategy", "on-demand", "--vram", "8GB")
+    assert (run.code, run.err) == (0, "")
+    title, head, row = run.out.splitlines()
+    assert title.startswith("SIMULATED: Qwen1.5-MoE-A2.7B on RTX 3060 12 GB, 8 GB; ")
+    assert head.split()[:2] == ["strategy", "ms/token"]
+    assert row.split()[0] == "on-demand"
+    found = moepic(*SIMULATED, "--strategy", "on-demand", "--vram", "8GB", "--json").json
+    assert (found["simulated"], found["budget_bytes"], found["machine"]) == (True, 8 * 10**9, "RTX 3060 12 GB")
+    (only,) = found["rows"]
+    assert only["tokens_per_s"] == pytest.approx(1 / only["tpot_s"])
+    assert (only["strategy"], only["hit_rate"], only["miss_rate"]) == ("on-demand", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tokens", 0), "'0' is no count; give 1 or more"),
+        (("--tokens", -5), "'-5' is no count; give 1 or more"),
+        (("--model", "qwen"), "model 'qwen' is unknown.* Allowed: mixtral-8x7b, "),
+        (("--machine", "rtx3061"), r"machine 'rtx3061' is unknown, did you mean 'rtx3060'\?"),
+        (("--strategy", "lru"), "strategy 'lru' is unknown"),
+        (("--vram", "100GB"), "a budget of 100 GB is more than the 12.9 GB of RTX 3060 12 GB; lower it or choose"),
+        (("--vram", "1GB"), "a budget of 1 GB is too small for this model"),
+        (("--vram", "much"), "size 'much' is not understood"),
+        (("--trace", "/no/such.npz"), "such.npz"),
+        (("--context-length", 10**6), "context_length 1000000 is more than the model's 8192"),
+    ],
+)
+def test_a_mistake_in_simulate_gets_one_line(options: tuple[object, ...], message: str, moepic: Moepic) -> None:
+    run = moepic(*SIMULATED, *options)
+    assert (run.code, run.out) == (2, "")
+    assert re.fullmatch(rf"moepic( simulate)?: [^\n]*{message}[^\n]*\n", run.err), run.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--trace", "/no/such.npz"), "such.npz"),
+        (("--vram", "100kB"), "a budget of 100 kB is too small for this model"),
+        (("--vram", "150%"), "at most 100, such as 50%"),
+        (("--prefetch", 3), "prefetch 3 is more than the 2 experts that a token uses in a layer"),
+        (("--link", "emulated:fast"), "link 'emulated:fast' names no bandwidth; .* such as emulated:16GB/s"),
+    ],
+)
+def test_a_mistake_in_plan_gets_one_line(
+    options: tuple[object, ...], message: str, moepic: Moepic, folder: Path
+) -> None:
+    run = moepic("plan", folder, *ON_CPU, *options)
+    assert (run.code, run.out) == (2, "")
+    assert re.fullmatch(rf"moepic( plan)?: [^\n]*{message}[^\n]*\n", run.err), run.err
+
+
+def test_inspect_refuses_a_family_that_cannot_be_loaded(moepic: Moepic, folder: Path, tmp_path: Path) -> None:
+    unknown = tmp_path / "unknown"
+    shutil.copytree(folder, unknown)
+    config = (unknown / "config.json").read_text()
+    (unknown / "config.json").write_text(config.replace('"model_type": "qwen3_moe"', '"model_type": "zork_moe"'))
+    for run in (moepic("inspect", unknown), moepic("generate", unknown, *ON_CPU, "--prompt", "x")):
+        assert (run.code, run.out) == (2, "")
+        assert "model type 'zork_moe' has no causal language model in this Transformers" in run.err
+
+
 def test_ctrl_c_ends_the_reply_and_then_the_program(
     moepic: Moepic, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +312,10 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "budget too small": (
         lambda model, tmp: [model, "--prompt", "x", "--vram", "100kB"],
         r"a budget of 100 kB is too small for this model: the smallest is [\d.]+ kB \(\d+ bytes: ",
+    ),
+    "a seed that is too large": (
+        lambda model, tmp: [model, "--prompt", "x", "--temperature", 1, "--seed", 10**22],
+        f"seed {10**22} is out of range; allowed is 0 to 18446744073709551615",
     ),
     "nonsense units": (
         lambda model, tmp: [model, "--prompt", "x", "--vram", "12 parsecs"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -100,8 +101,47 @@ def test_scores_of_all_runs_count_together() -> None:
 
 
 def test_the_link_s_rate_is_what_it_reached_beside_compute() -> None:
-    costs = fit_costs([run(30, True, moved=50_000)], [NEURONS] * 3, 4096, LINK)
+    runs = [run(30, True, moved=50_000), run(30, True, moved=10_000), run(30, True, moved=2_000)]
+    costs = fit_costs(runs, [NEURONS] * 3, 4096, LINK)
     assert costs.link_bytes_per_s == pytest.approx(5e8, rel=1e-6)
+    assert costs.link_latency_s == pytest.approx(0, abs=1e-9)
+
+
+def test_transfers_of_one_size_do_not_change_the_link_s_rate() -> None:
+    costs = fit_costs([run(30, True, moved=50_000)], [NEURONS] * 3, 4096, LINK)
+    assert costs.link_bytes_per_s == pytest.approx(LINK.bytes_per_s)
+    assert costs.link_latency_s == pytest.approx(50_000 / 5e8 - 50_000 / LINK.bytes_per_s, rel=1e-6)
+
+
+def moving(nbytes: Sequence[int], latency_s: float, bytes_per_s: float, noise: float) -> Run:
+    """Tokens that each fetch one to three experts of one of the sizes."""
+    rows, start, generator = [], 1.0, np.random.default_rng(0)
+    for token in range(240):
+        size = nbytes[token % len(nbytes)]
+        for expert in range(1 + token // len(nbytes) % 3):
+            end = start + (latency_s + size / bytes_per_s) * (1 + noise * generator.standard_exponential())
+            rows.append((EventKind.DEMAND, TracePhase.DECODE, Part.WHOLE, 0, expert, 1, token, size, start, end))
+            start = end
+        start += 1.0
+    return Run(np.array(rows, EVENT), (30,), False)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bytes_per_s"),
+    [((98_304,), 1e10), ((98_304, 40_960), 1e10), ((40_960, 3 << 20), 1e10), ((40_960, 3 << 20), 2e9)],
+)
+def test_small_and_large_transfers_are_both_predicted(sizes: tuple[int, ...], bytes_per_s: float) -> None:
+    """Noise of a shared machine, small sizes close together; the last one is slower beside compute than alone."""
+    found = [moving(sizes, 6e-5, bytes_per_s, noise=0.3)]
+    costs = fit_costs(found, [NEURONS], 4096, LinkSpeed(1e10, 1e-5, 1e-10, 1e10))
+    for size in (8_192, 40_960, 98_304, 3 << 20):
+        expected = 6e-5 + size / bytes_per_s
+        assert costs.link_latency_s + size / costs.link_bytes_per_s == pytest.approx(expected, rel=0.4), size
+
+
+def test_the_link_is_no_slower_than_seen_when_it_was_disturbed_alone() -> None:
+    costs = fit_costs([moving((1 << 20,), 0.0, 1e10, noise=0.0)], [NEURONS], 4096, LinkSpeed(1e9, 1e-5, 1e-10, 1e10))
+    assert costs.link_bytes_per_s == pytest.approx(1e10, rel=1e-6)
 
 
 def test_one_odd_token_changes_nothing() -> None:

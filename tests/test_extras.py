@@ -70,7 +70,13 @@ def test_the_first_plan_and_the_first_cache_know_the_routing(spec: ModelSpec) ->
         engine.check()
 
 
-@pytest.mark.parametrize("damage", ["missing", "no trace", "other experts", "other top-k"])
+def test_a_folder_that_was_copied_without_its_routing_says_nothing(spec: ModelSpec) -> None:
+    bring(spec, {"routing": "../traces/left-behind.npz"})
+    with Engine.load(Settings.create(checkpoint=spec.path, device="cpu", link="emulated:1GB/s")) as engine:
+        assert (engine.steering.trace(), list(engine.notices)) == (None, [])
+
+
+@pytest.mark.parametrize("damage", ["no trace", "other experts", "other top-k"])
 def test_what_does_not_fit_is_said_and_not_used(spec: ModelSpec, damage: str) -> None:
     path = Path(spec.path) / "routing.npz"
     bring(spec, {"routing": path.name})

@@ -63,6 +63,13 @@ def test_a_folder_is_itself(cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert resolve("~/model") == folder
 
 
+def test_a_file_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadCheckpoint, match=r"'README.md' is a file; give the folder that holds config.json and"):
+        resolve("README.md")
+
+
 @pytest.mark.parametrize("name", ["", "/no/such/folder", "./model", "a/b/c", "~/model"])
 def test_what_is_neither_folder_nor_hub_id_is_refused(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/nowhere")

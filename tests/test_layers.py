@@ -28,8 +28,8 @@ LAYERS = {
     "places": "transfer.base transfer.clocks transfer.ledger transfer.backend transfer.pinning transfer.thread "
     "transfer.emulated transfer.device_queue transfer.cuda "
     "arena host_store ram_store disk_store embedding_rows device_cache staging calibrate",
-    "joint": "loads residency pieces step link_probe hf.embedding hf.linear hf.loading hf.model hf.text hf.experts "
-    "hf.probe steering turn assembly",
+    "joint": "loads residency pieces step link_probe hf.embedding hf.linear hf.refusals hf.loading hf.model hf.text "
+    "hf.experts hf.probe steering turn assembly",
     "whole": "governor passes replies engine measuring calibration comparison",
     "door": "commands.options commands.answers commands.inspect commands.generate commands.bench commands.plan "
     "commands.simulate cli __main__",

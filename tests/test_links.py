@@ -42,9 +42,10 @@ def test_a_gpu_has_its_own_bus() -> None:
         ("pcie4x61", r"link 'pcie4x61' is unknown, did you mean 'pcie4x16'\? Allowed: auto, disk, emulated:16GB/s"),
         ("carrier pigeon", "link 'carrier pigeon' is unknown.* Allowed: auto, disk"),
         ("", "link '' is unknown"),
-        ("emulated:", "size '' is not understood"),
-        ("emulated:fast", "size 'fast' is not understood"),
-        ("emulated:16 parsecs/s", "size '16 parsecs' is not understood"),
+        ("emulated:", "link 'emulated:' names no bandwidth; write a number, a unit and /s, such as emulated:16GB/s"),
+        ("emulated:fast", "link 'emulated:fast' names no bandwidth; .* such as emulated:16GB/s"),
+        ("emulated:16 parsecs/s", "link 'emulated:16 parsecs/s' names no bandwidth"),
+        ("emulated:999999999TB/s", "link 'emulated:999999999TB/s' names no bandwidth"),
         ("emulated:0GB/s", "link 'emulated:0GB/s' would never deliver anything"),
     ],
 )

@@ -343,7 +343,15 @@ class Books(RuleBasedStateMachine):
             self.rig.residency.check()
             self.rig.arena.check()
             self.rig.telemetry.check()
-            assert not self.rig.residency.staging.demands
+            residency, held = self.rig.residency, self.rig.arena.bytes_by_kind
+            staging = residency.staging
+            assert not staging.demands
+            slots = [slot.buffer for cache in residency.caches for slot in cache.slots]
+            buffers = [each.buffer for each in (*staging.free, *staging.guesses.values())]
+            assert held["cache"] == sum(slot.numel() for slot in slots)
+            assert held["staging"] == sum(buffer.numel() for buffer in buffers)
+            addresses = {buffer.data_ptr() for buffer in (*slots, *buffers)}
+            assert len(addresses) == len(slots) + len(buffers)  # nothing is held twice
 
     def teardown(self) -> None:
         if hasattr(self, "rig"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.tables import compared, enough, errors, margins, read, sensitivities
+from benchmarks.tables import by_ratio, compared, enough, errors, margins, read, sensitivities, share_of, speeds
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MS = {"moepic": (80, 50, 40), "adapmoe": (100, 70, 30), "on-demand": (200, 200, 200)}
@@ -56,12 +57,38 @@ def test_a_comparison_in_markdown() -> None:
     assert lines[-1].startswith("prediction error: median 8.0%, worst 20.0%; replay error")
 
 
+def kept(name: str) -> dict[str, Any]:
+    (path,) = RESULTS.glob(f"*-{name}.json")
+    return read([path])
+
+
+def shown() -> list[str]:
+    return (RESULTS.parents[1] / "docs" / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+
+
 def test_kept_results_make_the_tables_of_the_documents() -> None:
-    (path,) = RESULTS.glob("*-sensitivity.json")
-    shown = (RESULTS.parents[1] / "docs" / "RESULTS.md").read_text(encoding="utf-8")
-    tables = [line for line in sensitivities(read([path])) if line.startswith("|")]
+    tables = [line for line in sensitivities(kept("sensitivity")) if line.startswith("|")]
     assert len(tables) > 40
-    assert [line for line in tables if line not in shown] == []
+    assert [line for line in tables if line not in shown()] == []
+
+
+@pytest.mark.parametrize(("name", "tables"), [("compare-2.9", 1), ("compare-1-6", 2), ("compare-ablations", 1)])
+def test_kept_comparisons_make_the_tables_of_the_documents(name: str, tables: int) -> None:
+    found = [speeds(rows, share_of, "cached experts, % of all bytes") for rows in by_ratio(kept(name)).values()]
+    assert len(found) == tables
+    assert [line for table in found for line in table if line not in shown()] == []
+
+
+def test_the_kept_comparison_with_even_routing_makes_its_table() -> None:
+    """Both shares and their hits stand in one line there, with margins in brackets."""
+    without_margins = [re.sub(r" \(.*?\)", "", line) for line in shown()]
+    result = kept("compare-even")
+    for name in dict.fromkeys(row["strategy"] for row in result["rows"]):
+        cells = [
+            f"{1e3 * row['tpot_s']:.1f} | {100 * row['hit_rate']:.0f} / {100 * row['partial_hit_rate']:.0f}"
+            for row in result["rows"] if row["strategy"] == name
+        ]  # fmt: skip
+        assert f"| {name} | {' | '.join(cells)} |" in without_margins
 
 
 def test_files_of_different_benchmarks_are_refused(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class FakeState:
 
     def reply(self, messages: Sequence[Any], *, stopped: Any, **sampling: Any) -> Iterator[Answer]:
         self.asked.append((list(messages), sampling))
-        yield Answer(waits=True)
+        yield Answer(waits="another answer to be complete")
         yield Answer(read_tokens=3, prompt_tokens=7)
         for place in range(1, len(self.texts) + 1):
             yield Answer("".join(self.texts[:place]), read_tokens=7, prompt_tokens=7)

@@ -7,7 +7,8 @@ import json
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from ..spec import STRATEGIES
+from ..errors import BadSettings
+from ..spec import STRATEGIES, Settings
 from ..units import format_bytes
 from .answers import add_reply_options, context, loaded, prompt_of, reply_figures, sampling_of, summary
 from .options import add_checkpoint, settings_of
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..engine import Engine, Prompt
     from ..hf.text import Sampling
 
+PLANNED = ("planned", "dynamic-program")  # allocations that measured costs are needed for
 HELP = "measure decoding speed over several replies"
 
 
@@ -32,11 +34,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     options.ignore_eos = True
     settings, prompt, sampling = settings_of(options), prompt_of(options), sampling_of(options)
+    names = [] if options.compare is None else _strategies(options.compare, settings)
+    if names and options.max_new_tokens < 2:
+        raise BadSettings("--compare is about the time from token to token; give --max-new-tokens 2 or more")
     with loaded(settings) as engine:
         if prompt is None:
             prompt = [(7919 * place) % engine.spec.vocab_size for place in range(1, 33)]
-        if options.compare:
-            _compare(options, engine, prompt, sampling)
+        if names:
+            _compare(options, names, engine, prompt, sampling)
             return
         replies = []
         for number in range(options.replies):
@@ -52,14 +57,20 @@ def run(options: argparse.Namespace) -> None:
             print(f"median of warm replies: {tpot_s * 1e3:.1f} ms per token, {1 / tpot_s:.1f} tokens/s")
 
 
-def _compare(options: argparse.Namespace, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
+def _strategies(text: str, settings: Settings) -> list[str]:
+    """The strategies in a list with commas, where `all` stands for every one. Raises BadSettings for other names."""
+    given = [name.strip() for name in text.split(",")]
+    names = dict.fromkeys(name for each in given for name in (STRATEGIES if each == "all" else [each]))
+    for name in names:
+        settings.replace(strategy=name)
+    return list(names)
+
+
+def _compare(options: argparse.Namespace, names: list[str], engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
     """Strategies in turn, each with a warm-up reply after every change, in `--replies` rounds."""
     from ..calibration import calibrate
 
-    names = list(STRATEGIES) if options.compare == "all" else options.compare.split(",")
-    for name in names:
-        engine.settings.replace(strategy=name)  # refuses unknown names before anything is measured
-    if engine.steering.costs is None and "moepic" in names:
+    if engine.steering.costs is None and any(STRATEGIES[name].allocation in PLANNED for name in names):
         calibrate(engine)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(options.replies):
@@ -79,8 +90,9 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     """A table of strategies side by side, each with its replies."""
     lines = [f"{'strategy':20}{'ms/token':>10}{'hits':>8}{'partial':>9}{'misses':>8}{'overlap':>9}"]
     for name, replies in rows.items():
-        tpot = statistics.median(reply["tpot_s"] for reply in replies)
+        known = [reply["tpot_s"] for reply in replies if reply["tpot_s"] is not None]  # some may have been stopped
+        tpot = f"{1e3 * statistics.median(known):.1f}" if known else "–"
         last = replies[-1]
         shares = [f"{100 * (last[key] or 0):.0f}%" for key in ("hit_rate", "partial_hit_rate", "miss_rate", "overlap")]
-        lines.append(f"{name:20}{1e3 * tpot:10.1f}{shares[0]:>8}{shares[1]:>9}{shares[2]:>8}{shares[3]:>9}")
+        lines.append(f"{name:20}{tpot:>10}{shares[0]:>8}{shares[1]:>9}{shares[2]:>8}{shares[3]:>9}")
     return lines

@@ -1,4 +1,4 @@
-"""`moepic inspect`: what a checkpoint holds, and whether it runs here. Reads headers alone."""
+"""`moepic inspect`: what a checkpoint holds, and whether it runs here. Reads config and headers, no weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def run(options: argparse.Namespace) -> None:
     from ..calibrate import probe
     from ..checkpoint import read_spec
     from ..finder import resolve
+    from ..hf.loading import check_family
     from ..needs import needs_of
     from ..verdict import judge
 
     settings = settings_of(options)
     spec = read_spec(resolve(settings.checkpoint, settings.revision), settings.dtype)
+    check_family(spec)
     machine = probe(settings.device)
     needs = needs_of(settings, spec, machine)
     verdict = judge(spec, needs, machine, settings.link)

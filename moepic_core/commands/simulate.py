@@ -1,4 +1,7 @@
-"""`moepic simulate`: a model on a graphics card by name, replayed without either. What it shows says "simulated"."""
+"""`moepic simulate`: a model on a graphics card by name, replayed without either. What it shows says "simulated".
+
+Plans know the tokens before those that are counted, and so do caches.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ..errors import BadSettings
+from ..errors import BadSettings, OutOfRoom
 from ..spec import STRATEGIES, Settings
 from ..units import format_bytes
-from .options import add_json
+from .options import add_json, count
 
 HELP = "a model on a graphics card by name, replayed without either"
 
@@ -23,7 +26,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--strategy", default="all", help=f"all, {', '.join(STRATEGIES)}")
     command.add_argument("--context-length", type=int, metavar="N", help="tokens that KV memory is reserved for")
-    command.add_argument("--tokens", type=int, default=400, metavar="N", help="counted tokens of the replay")
+    command.add_argument("--tokens", type=count, default=400, metavar="N", help="counted tokens of the replay")
     command.add_argument("--trace", type=Path, help="routing to replay; the default is synthetic")
     add_json(command)
 
@@ -45,12 +48,17 @@ def run(options: argparse.Namespace) -> None:
     if trace.num_experts != tuple(layer.num_experts for layer in spec.moe_layers):
         raise BadSettings(f"the trace {options.trace} is of another model than {model.title}")
     budget = budget_bytes(options.vram, needs, free_for_budget(profile, parse_link("auto", "cuda"), spec))
+    if budget > profile.device_total_bytes:
+        raise OutOfRoom(
+            f"a budget of {format_bytes(budget)} is more than the {format_bytes(profile.device_total_bytes)} of "
+            f"{machine.title}; lower it or choose a larger card"
+        )
     names = list(STRATEGIES) if options.strategy == "all" else [options.strategy]
     warm_up = max(0, trace.num_tokens - options.tokens)
     rows = []
     for name in names:
         settings = Settings.create(checkpoint=model.name, strategy=name, vram=options.vram)
-        plan = make_plan(settings, needs, budget, costs, trace.last(trace.num_tokens))
+        plan = make_plan(settings, needs, budget, costs, trace.first(warm_up))
         result = simulate(trace, plan, costs, spec.moe_layers, warm_up=warm_up)
         rows.append({"strategy": name, **dataclasses.asdict(result.breakdown), "tpot_s": result.tpot_s,
                      "tokens_per_s": 1 / result.tpot_s, "source": result.source})  # fmt: skip

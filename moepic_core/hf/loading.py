@@ -12,25 +12,27 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..arena import is_out_of_memory
 from ..errors import BadCheckpoint
 from ..host_store import HostStore
 from ..lazy_tensors import LazyTensors
 from ..packing import FusedLayout, check_layout
 from ..spec import ModelSpec
 from .embedding import divert
+from .refusals import refusals
 
 _METHOD = "moepic"
+_ADVICE = "correct config.json, or download the checkpoint again"
 _SUPPORTED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # flags of Transformers' experts interface
 
 
@@ -48,17 +50,10 @@ class ExpertSink:
         return self  # Transformers copies configs; the store must not be copied with them
 
     def find_experts(self, model: nn.Module) -> None:
-        """Finds the experts modules of the skeleton and compares them with what the files say."""
-        self.modules = {name: module for name, module in model.named_modules() if hasattr(module, "is_concatenated")}
-        if len(self.modules) != len(self.spec.moe_layers):
-            raise BadCheckpoint(
-                f"{self.spec.architecture} has {len(self.modules)} expert layers behind Transformers' experts "
-                f"interface, the files hold {len(self.spec.moe_layers)}; this family or this checkpoint's "
-                f"config is not supported"
-            )
+        """Takes the experts modules of the skeleton."""
+        self.modules = experts_of(model, self.spec)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        for (name, module), layer in zip(self.modules.items(), self.spec.moe_layers, strict=True):
-            check_layout(layer, dict(module.named_parameters(recurse=False)), layout_of(module), name)
+        for module in self.modules.values():
             module._is_hf_initialized = True  # type: ignore[assignment]  # no random numbers for weights that arrive elsewhere
             if self.store.complete:
                 drop_fused(module)
@@ -70,6 +65,21 @@ class ExpertSink:
         expected = dict(module.named_parameters(recurse=False))
         check_layout(self.spec.moe_layers[position], {**expected, leaf: tensor}, layout, path)
         self.store.add(position, leaf, tensor, layout)
+
+
+def experts_of(model: nn.Module, spec: ModelSpec) -> dict[str, nn.Module]:
+    """The experts modules of a skeleton by path, in the order of execution. Raises BadCheckpoint when they are not
+    what the files hold.
+    """
+    modules = {name: module for name, module in model.named_modules() if hasattr(module, "is_concatenated")}
+    if len(modules) != len(spec.moe_layers):
+        raise BadCheckpoint(
+            f"{spec.architecture} has {len(modules)} expert layers behind Transformers' experts interface, the files "
+            f"hold {len(spec.moe_layers)}; this family or this checkpoint's config is not supported"
+        )
+    for (name, module), layer in zip(modules.items(), spec.moe_layers, strict=True):
+        check_layout(layer, dict(module.named_parameters(recurse=False)), layout_of(module), name)
+    return modules
 
 
 def layout_of(module: nn.Module) -> FusedLayout:
@@ -103,8 +113,8 @@ def load_model(
     _register()
     sink = ExpertSink(spec, store)
     config, model_class = model_class_of(spec)
-    with _quiet():
-        try:
+    try:
+        with _quiet(), refusals(spec.name, _ADVICE):
             model, info = model_class.from_pretrained(
                 None,
                 config=config,
@@ -114,12 +124,10 @@ def load_model(
                 ignore_mismatched_sizes=True,  # so that they are listed; `_nothing_missing` refuses them by name
                 output_loading_info=True,
             )
-        except (RuntimeError, ValueError, KeyError) as error:
-            if sink.error is not None:  # Transformers wraps what a conversion raises
-                raise sink.error from error
-            if is_out_of_memory(error):
-                raise
-            raise BadCheckpoint(f"Transformers cannot load {spec.name}: {_first_line(error)}") from error
+    except BadCheckpoint as error:
+        if sink.error is not None:  # Transformers wraps what a conversion raises
+            raise sink.error from error
+        raise
     _nothing_missing(spec, info)
     for name, parameter in model.named_parameters():  # some versions load what does not fit without a word
         _check_shape(name, parameter.shape, sink.shapes[name])
@@ -135,23 +143,37 @@ def load_model(
     return model.to(device).eval(), sink.modules
 
 
+def check_family(spec: ModelSpec) -> None:
+    """Raises BadCheckpoint for a checkpoint whose config alone shows that `load_model` will refuse it: builds the
+    skeleton, without memory for weights.
+    """
+    config, model_class = model_class_of(spec)
+    with _quiet(), refusals(spec.name, _ADVICE), torch.device("meta"):
+        skeleton = model_class(config)
+    experts_of(skeleton, spec)
+
+
 def model_class_of(spec: ModelSpec) -> tuple[Any, Any]:
     """Transformers' config and causal-LM class for the checkpoint; BadCheckpoint when there is none."""
-    try:
+    unknown = (
+        f"model type '{spec.model_type}' has no causal language model in this Transformers; "
+        f"update Transformers or choose another checkpoint (code from checkpoints is never run)"
+    )
+    if spec.model_type not in CONFIG_MAPPING:
+        raise BadCheckpoint(unknown)
+    with _quiet(), refusals(spec.name, _ADVICE):
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=False, local_files_only=True)
-        return config, AutoModelForCausalLM._model_mapping[type(config)]
-    except (ValueError, KeyError) as error:
-        raise BadCheckpoint(
-            f"model type '{spec.model_type}' has no causal language model in this Transformers; "
-            f"update Transformers or choose another checkpoint (code from checkpoints is never run)"
-        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise BadCheckpoint(unknown)
+    return config, AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def _generation_config(spec: ModelSpec) -> Any:
-    try:
+    """What `generation_config.json` says, which few need and not all bring."""
+    if not (Path(spec.path) / "generation_config.json").is_file():
+        return None
+    with refusals(f"generation_config.json of {spec.name}", "correct it, delete it or download it again"):
         return GenerationConfig.from_pretrained(spec.path, local_files_only=True)
-    except OSError:
-        return None  # optional file
 
 
 def _nothing_missing(spec: ModelSpec, info: Mapping[str, Any]) -> None:
@@ -167,10 +189,6 @@ def _check_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> None
         raise BadCheckpoint(
             f"{name} has shape {list(found)} but the config asks for {list(wanted)}; the checkpoint is damaged"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class _Pack(ConversionOps):  # type: ignore[misc]

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ..errors import BadCheckpoint, BadSettings
+from .refusals import refusals
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -42,11 +43,11 @@ class Sampling:
     def __post_init__(self) -> None:
         limits = {
             "max_new_tokens": (1, 10**9), "temperature": (0, 100), "top_p": (0, 1), "top_k": (0, 10**9),
-            "min_p": (0, 1), "repetition_penalty": (0.01, 100),
+            "min_p": (0, 1), "repetition_penalty": (0.01, 100), "seed": (0, 2**64 - 1),
         }  # fmt: skip
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise BadSettings(f"{name} {value} is out of range; allowed is {low} to {high}")
 
 
@@ -87,7 +88,8 @@ class Text:
         self.path = path
         self.tokenizer: Any = None
         if (Path(path) / "tokenizer_config.json").is_file() or (Path(path) / "tokenizer.json").is_file():
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            with refusals(f"the tokenizer of {Path(path).name}", "download its tokenizer files again"):
+                self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         self.stop_ids = self._stop_ids(generation_config)
 
     @property
@@ -129,7 +131,12 @@ class Text:
 
     def _stop_ids(self, generation_config: Any) -> frozenset[int]:
         stop = getattr(generation_config, "eos_token_id", None)
-        ids = {stop} if isinstance(stop, int) else set(stop or ())
+        listed = [stop] if isinstance(stop, int) else stop or []
+        if not isinstance(listed, list) or not all(isinstance(token, int) for token in listed):
+            raise BadCheckpoint(
+                f"{Path(self.path).name} gives {stop!r} as eos_token_id; correct it to a token id or a list of them"
+            )
+        ids = set(listed)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
         return frozenset(ids)
