@@ -229,6 +229,8 @@ def open_gpu() -> tuple[Gpu | None, str | None]:
     try:
         pynvml.nvmlInit()
         return Gpu(pynvml, _first_device(pynvml)), None
+    except pynvml.NVMLError_LibraryNotFound:
+        return None, "no NVIDIA driver found"
     except pynvml.NVMLError as error:
         return None, str(error)
 

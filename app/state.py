@@ -117,9 +117,9 @@ class State:
     ) -> Iterator[Answer]:
         """The answer so far, again and again as it grows, until it is complete or `stopped` says so.
 
-        One reply at a time: others wait for their turn, and all of them for a model that is being loaded. Now and then the text comes without being longer: closing the
-        iterator between two texts stops the engine too, also while a long prompt is read. `sampling` are further fields
-        of the engine's `Sampling`. Raises a MoepicError.
+        One reply at a time: others wait for their turn, and all of them for a model that is being loaded. Now and then
+        the text comes without being longer: closing the iterator between two texts stops the engine too, also while a
+        long prompt is read. `sampling` are further fields of the engine's `Sampling`. Raises a MoepicError.
         """
         while (waits := self._waits_for()) or not self._replying.acquire(timeout=UPDATE_S):
             if stopped():

@@ -198,9 +198,12 @@ def margins(rows: Sequence[Row]) -> dict[str, Any]:
 
 def errors(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     off = {
-        "prediction error": [row["predicted_over_measured"] - 1 for row in rows],
-        "replay error": [row["simulated_over_measured"] - 1 for row in rows],
-        "replay hit rate off by": [row["simulated_hit_rate"] - row["hit_rate"] for row in rows],
+        "plan off by": [row["planned_over_measured"] - 1 for row in rows],
+        "prediction off by": [row["predicted_over_measured"] - 1 for row in rows],
+        "replay off by": [row["simulated_over_measured"] - 1 for row in rows],
+        "replay's hit rate off by": [row["simulated_hit_rate"] - row["hit_rate"] for row in rows],
+        "share foreseen off by": [row["expected_foreseen"] - row["foreseen"] for row in rows],
+        "slowest round over fastest": [row["tpot_s_max"] / row["tpot_s_min"] - 1 for row in rows],
     }
     return {what: {"median": round(median(np.abs(each).tolist()), 4), "worst": round(float(np.abs(each).max()), 4)}
             for what, each in off.items()}  # fmt: skip

@@ -22,6 +22,7 @@ from moepic_core.budgets import Needs
 from moepic_core.calibrate import probe
 from moepic_core.costs import Costs, LayerCosts
 from moepic_core.errors import BadSettings, OutOfRoom
+from moepic_core.planner import TELLING
 from moepic_core.spec import MachineProfile, MoeLayer, Settings
 
 GB = 10**9
@@ -106,7 +107,8 @@ def test_a_forecast_is_made_for_what_was_measured_also_before_a_load(state: Stat
     assert found.budgets[-1] == needs.everything
     assert found.budgets == sorted(set(found.budgets))
     seconds = [cost.total_s for _, cost in found.points]
-    assert all(later <= sooner for sooner, later in itertools.pairwise(seconds))
+    # No routing is recorded yet: whole experts are kept until a split is clearly faster, and all guesses are made.
+    assert all(later <= TELLING * sooner for sooner, later in itertools.pairwise(seconds))
     assert found.at(needs.everything, "hit_rate") == 1
     other = State(state.settings)
     try:

@@ -39,7 +39,7 @@ def build(device: DeviceKind) -> None:
 def speed() -> str:
     head = (
         f"<h2>{term('Speed', 'speed_history')}</h2><span class='note'>last {HISTORY_TOKENS} tokens</span>"
-        f"<span class='big'>{_value('speed')}</span><span class='note'>{term('tokens/s', 'speed_now')}</span>"
+        f"<span class='big'>{_value('speed')}</span><span class='note'>{term('tokens/s now', 'speed_now')}</span>"
     )
     return _panel("speed", head, _canvas("speed"))
 
