@@ -29,6 +29,7 @@ from .workload import Workload, assumed_trace, replay, workload
 EQUAL_SPLITS = (0.5, 1.0)  # that every plan is compared with
 MOST_TOKENS, FEWEST_TOKENS = 5000, 256  # of a trace that is planned from: the newest (5,000: arXiv 2509.08342)
 TELLING = 1.1  # times faster that assumed routing must say a split is before it is chosen over whole experts
+HALVED = 8192  # experts in all layers, up to which half of the guesses are tried too: it is half as much work again
 EXPERTS_REPLAYED = 4_200_000  # tokens × experts, between the two: what that loses is in docs/RESULTS.md
 
 
@@ -86,7 +87,8 @@ class Outlook:
             self._eviction, self._more_hits = best_eviction(trace)
         self._replay = replay(trace, self._eviction, predictor_of(settings), costs.guess_accuracy)
         depth = settings.most_guesses(needs.top_k) if predictor_of(settings) != "none" else 0
-        self._depths = list(dict.fromkeys((depth, depth // 2, 0))) if self._may_choose else [depth]
+        half = depth // 2 if sum(num_experts) <= HALVED else 0
+        self._depths = list(dict.fromkeys((depth, half, 0))) if self._may_choose else [depth]
         self._works = {each: workload(self._replay, each) for each in self._depths}
 
     def plan(self, budget: int) -> Plan:
