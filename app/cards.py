@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from moepic_core.finder import CheckpointEntry
-from moepic_core.spec import ModelSpec, Plan
+from moepic_core.spec import DeviceKind, ModelSpec, Plan
 from moepic_core.units import format_bytes
 
 from . import checkpoints, demo_checkpoint
 from .nouns import Preview
 from .views import MEMORY, geometry, milliseconds, num_experts, parameters, percent, size, span
 
-GB = 1e9
+UNITS = {"MB": 1e6, "GB": 1e9}
 PREDICTORS = {"next-router": "the next layer's router", "activation-matrices": "similar past requests"}
 SEPARATOR = " · "  # between the parts of a line of the picker, which the page's script tells apart
+
+
+def memory_of(device: DeviceKind) -> str:
+    """What people call the memory that is budgeted."""
+    return "RAM" if device == "cpu" else "VRAM"
 
 
 def picker_label(entry: CheckpointEntry, step: str | None) -> str:
@@ -42,7 +47,7 @@ def picker_label(entry: CheckpointEntry, step: str | None) -> str:
 def model_card(preview: Preview) -> dict[str, Any]:
     """Verdict and facts about the chosen checkpoint."""
     machine, spec = preview.machine, preview.spec
-    memory = "RAM" if machine.device == "cpu" else "VRAM"
+    memory = memory_of(machine.device)
     free = f"{format_bytes(machine.device_free_bytes)} of {format_bytes(machine.device_total_bytes)} {memory} free"
     if preview.reserved_bytes:
         free += f", {format_bytes(preview.reserved_bytes)} of it for other programs"
@@ -86,12 +91,16 @@ def whereabouts(preview: Preview) -> str:
 
 @dataclass(frozen=True)
 class BudgetRange:
-    """The slider's numbers, in GB."""
+    """The slider's numbers, in `unit`."""
 
     minimum: float
     maximum: float
     step: float
     value: float
+    unit: Literal["MB", "GB"]
+
+    def to_bytes(self, value: float) -> int:
+        return round(value * UNITS[self.unit])
 
 
 def budget_range(preview: Preview) -> BudgetRange | None:
@@ -100,16 +109,13 @@ def budget_range(preview: Preview) -> BudgetRange | None:
         return None
     low, high = preview.needs.smallest, min(preview.needs.everything, preview.free_bytes)
     high = max(high, preview.budget_bytes, low + 1000)
-    decimals = max(1, 2 - math.floor(math.log10((high - low) / GB)))  # at least 100 steps, at most 1000
+    unit: Literal["MB", "GB"] = "MB" if preview.needs.everything < UNITS["GB"] else "GB"
+    decimals = max(1, 2 - math.floor(math.log10((high - low) / UNITS[unit])))  # at least 100 steps
 
     def up(nbytes: int) -> float:
-        return float(math.ceil(nbytes / GB * 10.0**decimals) / 10.0**decimals)
+        return float(math.ceil(nbytes / UNITS[unit] * 10.0**decimals) / 10.0**decimals)
 
-    return BudgetRange(up(low), up(high), 10.0**-decimals, up(preview.budget_bytes))
-
-
-def to_bytes(gigabytes: float) -> int:
-    return round(gigabytes * GB)
+    return BudgetRange(up(low), up(high), 10.0**-decimals, up(preview.budget_bytes), unit)
 
 
 def budget_card(preview: Preview, budget: int, in_use: int | None) -> dict[str, Any]:
@@ -151,7 +157,7 @@ def forecast_card(preview: Preview, budget: int) -> dict[str, Any] | None:
     if forecast is None or numbers is None:
         return None
     seconds = forecast.at(budget, "total_s")
-    low, high = to_bytes(numbers.minimum), to_bytes(numbers.maximum)
+    low, high = numbers.to_bytes(numbers.minimum), numbers.to_bytes(numbers.maximum)
     budgets = [low, *(each for each in forecast.budgets if low < each < high), high]
     times = [forecast.at(each, "total_s") for each in budgets]
     least, most = min(times), max(times)
@@ -172,6 +178,7 @@ def forecast_card(preview: Preview, budget: int) -> dict[str, Any] | None:
             for at, time, text in zip(budgets, times, texts, strict=True)
         ],
         "curve": list(zip(budgets, times, strict=True)),  # bytes, seconds
+        "unit": UNITS[numbers.unit],  # bytes of one on the slider
         "at": min(1.0, max(0.0, (budget - low) / (high - low))),
         "seconds": seconds,
     }

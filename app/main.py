@@ -185,7 +185,7 @@ def build_page(state: State, store: Store) -> gr.Blocks:
             controls = gr.Column(elem_id="controls", scale=11, min_width=320)
         with controls:
             model_panel = model.build(device)
-            budget_panel = budget.build("RAM" if device == "cpu" else "VRAM")
+            budget_panel = budget.build(device)
             steer_panel = steer.build()
             see.build(device)
         with talk:

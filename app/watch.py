@@ -17,10 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepic_core.hit_curves import belady_hits
-from moepic_core.routing import RoutingTrace
-from moepic_core.spec import LayerPlan
 from moepic_core.telemetry import Telemetry
-from moepic_core.trace import EVENT, EventKind, TracePhase, decoded
+from moepic_core.trace import EVENT, EventKind, TracePhase, used_experts, whole_tokens
 
 from . import gauges, views
 from .live import LINK, SHOWN, Ceiling, Heard, see
@@ -89,12 +87,12 @@ class Watch:
             return
         look, telemetry = self._state.look(), self._state.telemetry
         loaded, snapshot = look.loaded, look.snapshot
-        if loaded is None or snapshot is None or snapshot.plan is None or telemetry is None:
+        if loaded is None or snapshot is None or telemetry is None:
             return
         if self._state.look().loads != look.loads or self._ceiling_of == (look.loads, snapshot.version):
             return
         counts = [layer.num_experts for layer in loaded.spec.moe_layers]
-        trace = decoded(telemetry.trace(), counts, "recorded", {}).last(CEILING_TOKENS)
+        rows = whole_tokens(telemetry.trace(), len(counts))[-CEILING_TOKENS:]
 
         def rest(seconds: float) -> None:
             now = self._state.look().snapshot
@@ -102,25 +100,28 @@ class Watch:
                 closed.wait(seconds)
 
         number = snapshot.reply.number if snapshot.reply else 0
-        self._ceiling = find_ceiling(trace, snapshot.plan.layers, look.loads, number, rest)
+        self._ceiling = find_ceiling(rows, counts, look.loads, number, rest)
         self._ceiling_of = (look.loads, snapshot.version)
 
 
 def find_ceiling(
-    trace: RoutingTrace, layers: Sequence[LayerPlan], loads: int, reply: int, rest: Callable[[float], None]
+    rows: NDArray[np.void], num_experts: Sequence[int], loads: int, reply: int, rest: Callable[[float], None]
 ) -> Ceiling:
-    """What the best cache with the slots of `layers` would have hit on `trace`; rests after each layer."""
+    """What the best cache would have hit in routing `rows` [tokens, layers] with the slots that each token had.
+
+    `num_experts` per layer. Calls `rest` after each layer with the seconds that it took.
+    """
     last, session, uses = [], [], np.zeros(2, int)
-    in_reply = trace.replies == reply  # [tokens]
-    for layer, share in enumerate(layers):
+    in_reply = rows["reply"][:, 0] == reply  # [tokens]
+    for layer, count in enumerate(num_experts):
         start_s = time.perf_counter()
-        experts = np.ascontiguousarray(trace.experts[:, layer])  # [tokens, k]
-        hits = belady_hits(experts, share.slots, trace.num_experts[layer])  # [tokens, k]
+        experts = used_experts(rows[:, layer])  # [tokens, k]
+        hits = belady_hits(experts, rows["slots"][:, layer].tolist(), count)  # [tokens, k]
         last.append(_share(hits[in_reply], experts[in_reply]))
         session.append(_share(hits, experts))
         uses += (experts[in_reply] >= 0).sum(), (experts >= 0).sum()
         rest(CALM * (time.perf_counter() - start_s))
-    return Ceiling(loads, reply, trace.num_tokens, tuple(last), tuple(session), *uses.tolist())
+    return Ceiling(loads, reply, len(rows), tuple(last), tuple(session), *uses.tolist())
 
 
 def _share(hits: NDArray[np.bool_], experts: NDArray[np.int16]) -> float | None:

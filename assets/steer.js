@@ -95,12 +95,13 @@ Object.assign(window.MoEpic, (() => {
     forecast.id = "forecast";
     const none = make("p", "none", "The budget and what it buys are shown here for a checkpoint that can be read.");
     let curve = null; // [bytes, seconds] along the slider
+    let unit = 0; // bytes of one on the slider
 
     // Shows at once what the curve says where the slider is; all the rest comes when Python answers.
     function move() {
       const slider = find("#slider input[type=range]");
       if (!curve || !slider || !Number.isFinite(slider.valueAsNumber)) return;
-      const bytes = Math.min(Math.max(1e9 * slider.valueAsNumber, curve[0][0]), curve.at(-1)[0]);
+      const bytes = Math.min(Math.max(unit * slider.valueAsNumber, curve[0][0]), curve.at(-1)[0]);
       const right = Math.max(1, curve.findIndex(([at]) => at >= bytes));
       const [[from, early], [to, late]] = [curve[right - 1], curve[right]];
       const seconds = early + ((late - early) * (bytes - from)) / (to - from);
@@ -111,6 +112,7 @@ Object.assign(window.MoEpic, (() => {
 
     follow(props, watch, (memory) => {
       curve = memory?.forecast?.curve ?? null;
+      unit = memory?.forecast?.unit ?? 0;
       if (memory === null) return root.replaceChildren(none);
       if (none.isConnected || !head.isConnected) root.replaceChildren(head, forecast, bar, legend, reason);
       head.replaceChildren(

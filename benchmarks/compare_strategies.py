@@ -3,10 +3,10 @@
 `python -m benchmarks.compare_strategies [CHECKPOINT]`. Link speeds are such that loading all experts of a token
 takes 1, 2.9 (the paper's machine) and 6 times what computing the token takes. A cell starts with empty caches and the
 routing of an earlier session, plays a few replies to warm up and then the measured ones; all cells are played in turn,
-several rounds. A round begins with a calibration. Beside what it measured stand what the plan had promised from the
-routing of before, and for the very tokens that were played the cost model's prediction and the simulator's replay, all
-by the costs of that round. Emulated link; times hold for this machine, ratios travel. `benchmarks.tables` makes tables
-of the last line, which is one JSON object, `benchmarks.draw` pictures.
+several rounds. The cells of one cache size begin with a calibration. Beside what was measured stand what the plan had
+promised from the routing of before, and for the very tokens that were played the cost model's prediction and the
+simulator's replay, all by those costs. Emulated link; times hold for this machine, ratios travel. `benchmarks.tables`
+makes tables of the last line, which is one JSON object, `benchmarks.draw` pictures.
 
 One thread computes, so that the link's copies have a core of their own, as they have a copy engine on a GPU.
 `benchmarks.reference_checkpoints` makes two checkpoints for this: `wide` with the bundled model's routing and experts
@@ -22,6 +22,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def measure(
         context_length=512,
         prefill_chunk=64,
     )
-    cells = [Cell(name, share, ratio) for share in options.shares for name in variants]
+    of_shares = [[Cell(name, share, ratio) for name in variants] for share in options.shares]
     disturbed = 0
     with Engine.load(settings) as engine:
         if earlier is None:
@@ -154,14 +155,16 @@ def measure(
             assert earlier is not None
         engine.steering.earlier = earlier
         for number in range(options.rounds):
-            costs = calibrate(engine)
-            print(f"ratio {ratio}, round {number + 1}: {rate / 1e6:.0f} MB/s, costs {costs}", file=sys.stderr)
-            for cell in cells if number % 2 == 0 else cells[::-1]:
-                load = ForeignLoad()
-                with aside(engine):  # costs and statistics stay as they are, so all cells stand on the same
-                    play(engine, cell, variants[cell.variant], options, costs, earlier, questions)
-                disturbed += load.cores() > 0.5
-    return cells, disturbed
+            way = 1 if number % 2 == 0 else -1  # there and back: a slow drift of the machine meets all alike
+            for cells in of_shares[::way]:
+                costs = calibrate(engine)
+                print(f"ratio {ratio}, round {number + 1}: {rate / 1e6:.0f} MB/s, costs {costs}", file=sys.stderr)
+                for cell in cells[::way]:
+                    load = ForeignLoad()
+                    with aside(engine):  # costs and statistics stay as they are, so all cells stand on the same
+                        play(engine, cell, variants[cell.variant], options, costs, earlier, questions)
+                    disturbed += load.cores() > 0.5
+    return list(chain.from_iterable(of_shares)), disturbed
 
 
 def play(

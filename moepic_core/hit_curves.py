@@ -9,7 +9,7 @@ Decode tokens only, from an empty cache. Knows no bytes, seconds or splits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -153,12 +153,16 @@ def hit_curve(ranks: NDArray[np.int16], num_experts: int) -> NDArray[np.float64]
     return curve
 
 
-def belady_hits(experts: NDArray[np.int16], num_slots: int, num_experts: int) -> NDArray[np.bool_]:
+def belady_hits(
+    experts: NDArray[np.int16], num_slots: int | Sequence[int], num_experts: int
+) -> NDArray[np.bool_]:
     """Which activations of one layer hit if the victim is always the one used again last: bool [tokens, k].
 
     No choice of victims has more hits (Belady, IBM Systems Journal 5(2), 1966). As in the engine a token's experts
     all get in; of more experts than slots those stay that are used again soonest, an even better choice than it has.
+    Of slots that change, one number per token, those that are left go to what is used again soonest.
     """
+    capacities = [num_slots] * len(experts) if isinstance(num_slots, int) else num_slots
     expert_to_next_use = [len(experts)] * (num_experts + 1)  # the last one is for -1
     next_uses = []
     for token, row in reversed([*enumerate(experts.tolist())]):
@@ -167,11 +171,17 @@ def belady_hits(experts: NDArray[np.int16], num_slots: int, num_experts: int) ->
             expert_to_next_use[expert] = token
     cache: dict[int, int] = {}  # expert -> the token that uses it next
     hits = np.empty(experts.shape, np.bool_)
-    for token, row in enumerate(experts.tolist()):
+    for token, (row, capacity) in enumerate(zip(experts.tolist(), capacities, strict=True)):
+        cache = _soonest(cache, cache, capacity)
         hits[token] = [expert in cache for expert in row]
         used = {expert: next_use for expert, next_use in zip(row, next_uses.pop(), strict=True) if expert >= 0}
-        cache.update(used)
-        if len(cache) > num_slots:
-            others_last = sorted(cache, key=lambda expert: (expert not in used, cache[expert]))
-            cache = {expert: cache[expert] for expert in others_last[:num_slots]}
+        cache = _soonest(cache | used, used, capacity)
     return hits
+
+
+def _soonest(cache: dict[int, int], first: Container[int], capacity: int) -> dict[int, int]:
+    """The `capacity` experts of `cache` that are used again soonest, those of `first` before the others."""
+    if len(cache) <= capacity:
+        return cache
+    others_last = sorted(cache, key=lambda expert: (expert not in first, cache[expert]))
+    return {expert: cache[expert] for expert in others_last[:capacity]}

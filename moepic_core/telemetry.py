@@ -40,7 +40,7 @@ class Telemetry:
         num_experts: int,  # of the layer that has most
         top_k: int,
         event_capacity: int = 1 << 16,
-        routing_capacity: int = 5000 * 64,  # tokens × layers, 28 MB with 8 experts per token
+        routing_capacity: int = 5000 * 64,  # tokens × layers, 29 MB with 8 experts per token
     ) -> None:
         self._shape = num_layers, num_experts, top_k, event_capacity, routing_capacity
         self._num_layers, self._top_k = num_layers, top_k
@@ -141,9 +141,11 @@ class Telemetry:
             experts, outcomes, counts = ([*column, *[0] * padding] for column in (experts, outcomes, counts))
         with self._lock:
             phase, put = self._trace_phase, self._routing.put
+            head = (token, self._reply_number, layer, phase)
+            slots = 0 if self._plan is None else self._plan.layers[layer].slots
             for i in range(0, len(experts), room):
                 j = i + room
-                put((token, self._reply_number, layer, phase, experts[i:j], outcomes[i:j], counts[i:j], guessed))
+                put((*head, experts[i:j], outcomes[i:j], counts[i:j], guessed, slots))
             totals, activations = self._counts[phase][layer], self._activations[phase][layer]
             for expert, outcome, count in zip(experts, outcomes, counts, strict=True):
                 totals[outcome] += count

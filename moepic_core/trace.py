@@ -61,12 +61,13 @@ def routing_dtype(top_k: int) -> np.dtype[np.void]:
     """What one layer used in the pass that began with `token`: its experts, what was resident, by how many tokens.
 
     A row has room for top_k experts: one row per layer in decode, as many as it takes in prefill, the last one padded
-    with counts of 0. `guesses` were predicted for the layer, best first, padded with -1.
+    with counts of 0. `guesses` were predicted for the layer, best first, padded with -1. `slots` is what the plan that
+    held then gave the layer, 0 before there is one.
     """
     return np.dtype([
         ("token", "i8"), ("reply", "i4"), ("layer", "i2"), ("phase", "u1"),
         ("experts", "i2", (top_k,)), ("outcomes", "u1", (top_k,)), ("counts", "i4", (top_k,)),
-        ("guesses", "i2", (top_k,)),
+        ("guesses", "i2", (top_k,)), ("slots", "i4"),
     ])  # fmt: skip
 
 
@@ -85,11 +86,8 @@ def decoded(trace: Trace, num_experts: Sequence[int], source: str, subjects: Map
 
     `num_experts` per layer; `subjects` names what replies were about, by their number, where that is known.
     """
-    rows = trace.routing[trace.routing["phase"] == TracePhase.DECODE]
-    tokens, sizes = np.unique(rows["token"], return_counts=True)
-    rows = rows[np.isin(rows["token"], tokens[sizes == len(num_experts)])]
-    rows = rows[np.lexsort((rows["layer"], rows["token"]))].reshape(-1, len(num_experts))
-    experts = np.where(rows["counts"] > 0, rows["experts"], np.int16(-1))
+    rows = whole_tokens(trace, len(num_experts))
+    experts = used_experts(rows)
     names = tuple(dict.fromkeys(subjects.values())) or (UNKNOWN,)
     replies = rows["reply"][:, 0]
     numbers = [names.index(subjects[reply]) if reply in subjects else 0 for reply in replies.tolist()]
@@ -97,6 +95,19 @@ def decoded(trace: Trace, num_experts: Sequence[int], source: str, subjects: Map
         experts, np.array(rows["guesses"]), tuple(num_experts), replies.astype(np.int32), np.array(numbers, np.int16),
         names, source,
     )  # fmt: skip
+
+
+def whole_tokens(trace: Trace, num_layers: int) -> NDArray[np.void]:
+    """Routing rows [tokens, layers] of the decoded tokens of which every layer is still there, in order."""
+    rows = trace.routing[trace.routing["phase"] == TracePhase.DECODE]
+    tokens, sizes = np.unique(rows["token"], return_counts=True)
+    rows = rows[np.isin(rows["token"], tokens[sizes == num_layers])]
+    return rows[np.lexsort((rows["layer"], rows["token"]))].reshape(-1, num_layers)
+
+
+def used_experts(rows: NDArray[np.void]) -> NDArray[np.int16]:
+    """The experts [..., k] that routing `rows` used, -1 where a row is padded."""
+    return np.where(rows["counts"] > 0, rows["experts"], np.int16(-1))
 
 
 class Ring:

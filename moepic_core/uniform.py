@@ -70,4 +70,4 @@ def reason_of(
     if slots == experts and min(splits) >= 1:
         return f"{name}: all {experts} experts are resident"
     span = f"{splits[0]:.2f} everywhere" if min(splits) == max(splits) else f"{min(splits):.2f} to {max(splits):.2f}"
-    return f"{name}: {slots} of {experts} tops cached, split ratio {span} ({why})"
+    return f"{name}: slots for {slots} of {experts} tops, split ratio {span} ({why})"

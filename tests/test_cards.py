@@ -96,11 +96,11 @@ def test_every_position_of_the_slider_is_a_budget_that_works(scale: int, free: f
     chosen = replace(fields, budget_bytes=budget_bytes("auto", needs, fields.free_bytes))
     numbers = cards.budget_range(chosen)
     assert numbers is not None
-    assert needs.smallest <= cards.to_bytes(numbers.minimum) <= numbers.minimum + numbers.step * GB + needs.smallest
+    assert needs.smallest <= numbers.to_bytes(numbers.minimum) <= numbers.to_bytes(numbers.step) + needs.smallest
     assert numbers.minimum <= numbers.value <= numbers.maximum
     assert numbers.step <= (numbers.maximum - numbers.minimum) / 9
     for value in (numbers.minimum, numbers.value, numbers.maximum):
-        chosen.plan(cards.to_bytes(value))
+        chosen.plan(numbers.to_bytes(value))
 
 
 def test_the_end_of_the_slider_means_everything() -> None:
@@ -109,6 +109,7 @@ def test_the_end_of_the_slider_means_everything() -> None:
     assert numbers is not None
     assert wanted_vram(chosen, numbers.maximum) == "100%"
     assert wanted_bytes(chosen, numbers.maximum) == NEEDS.everything
+    assert numbers.unit == "GB"
     assert wanted_vram(chosen, 6.0) == wanted_bytes(chosen, 6.0) == 6 * GB
     assert wanted_vram(chosen, 0.0) == NEEDS.smallest
 

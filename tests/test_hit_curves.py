@@ -112,13 +112,18 @@ def test_guesses_are_judged_at_the_same_instant():
     assert found.guesses[:, 0].tolist() == [[4, -1], [0, 4], [0, 1]]
 
 
-def best_hits(experts, num_slots):
+def best_hits(experts, slots_of_tokens):
     """The most hits that any choice of victims reaches, by trying them all."""
     reached = {frozenset(): 0}  # contents of the cache -> most hits so far
-    for row in experts:
+    for row, num_slots in zip(experts, slots_of_tokens, strict=True):
         used = {expert for expert in row if expert >= 0}
         following = {}
-        for cache, hits in reached.items():
+        left = [
+            (frozenset(kept), hits)
+            for cache, hits in reached.items()
+            for kept in itertools.combinations(cache, min(num_slots, len(cache)))
+        ]
+        for cache, hits in left:
             others = cache - used
             stay = itertools.combinations(used, min(num_slots, len(used)))
             keep = itertools.combinations(others, min(max(0, num_slots - len(used)), len(others)))
@@ -136,10 +141,20 @@ def test_belady_is_the_best_of_all_choices(trace):
         experts = trace.experts[:, layer]
         for num_slots in range(num_experts + 1):
             hits = belady_hits(experts, num_slots, num_experts)
-            assert hits.sum() == best_hits(experts.tolist(), num_slots), (layer, num_slots)
+            assert hits.sum() == best_hits(experts.tolist(), [num_slots] * len(experts)), (layer, num_slots)
             assert not (hits & (experts < 0)).any()
             lru = ranks("lru", trace).experts[:, layer]
             assert hits.sum() >= ((lru >= 0) & (lru < num_slots)).sum()
+
+
+@SOME
+@given(trace=traces(max_tokens=9), data=st.data())
+def test_belady_is_the_best_of_all_choices_when_slots_change(trace, data):
+    for layer, num_experts in enumerate(trace.num_experts):
+        experts = trace.experts[:, layer].tolist()
+        slots = data.draw(st.lists(st.integers(0, num_experts), min_size=len(experts), max_size=len(experts)))
+        hits = belady_hits(trace.experts[:, layer], slots, num_experts)
+        assert hits.sum() == best_hits(experts, slots), (layer, slots)
 
 
 def test_belady_of_the_textbook():

@@ -24,7 +24,7 @@ from moepic_core.links import parse_link
 from moepic_core.metrics import METRICS
 from moepic_core.spec import LayerPlan, MachineProfile, MemoryPlan, ModelSpec, MoeLayer, Plan, Settings
 from moepic_core.telemetry import EventKind, Outcome, Part, Telemetry
-from moepic_core.trace import TracePhase, decoded
+from moepic_core.trace import TracePhase, used_experts, whole_tokens
 from moepic_core.units import format_bytes
 
 GB = 10**9
@@ -173,13 +173,13 @@ def test_the_last_token_follows_from_the_trace(telemetry: Telemetry, seen: dict[
 
 def test_the_ceiling_is_belady_on_the_recorded_trace(telemetry: Telemetry) -> None:
     """Against every choice of victims that there is, on a trace this short."""
-    trace = decoded(telemetry.trace(), [NUM_EXPERTS] * NUM_LAYERS, "test", {})
-    ceiling = find_ceiling(trace, PLAN.layers, 1, 2, lambda _: None)
+    rows = whole_tokens(telemetry.trace(), NUM_LAYERS)
+    ceiling = find_ceiling(rows, [NUM_EXPERTS] * NUM_LAYERS, 1, 2, lambda _: None)
     assert (ceiling.loads, ceiling.reply, ceiling.num_tokens) == (1, 2, 40)
     for layer, share in enumerate(PLAN.layers):
         found = ceiling.session[layer]
         assert found is not None
-        assert found * 80 == best_hits(trace.experts[:, layer].tolist(), share.slots)
+        assert found * 80 == best_hits(used_experts(rows[:, layer]).tolist(), share.slots)
     shown = live.see(look_at(telemetry), Heard(), ceiling)["layers"]
     assert shown["session"]["ceiling"] == [round(part or 0, 4) for part in ceiling.session]
     assert shown["last"]["ceiling"] == [round(part or 0, 4) for part in ceiling.last_reply]
@@ -187,14 +187,31 @@ def test_the_ceiling_is_belady_on_the_recorded_trace(telemetry: Telemetry) -> No
 
 
 def test_a_ceiling_is_shown_beside_the_uses_that_it_is_of(telemetry: Telemetry) -> None:
-    trace = decoded(telemetry.trace(), [NUM_EXPERTS] * NUM_LAYERS, "recorded", {})
-    ceiling, now = find_ceiling(trace, PLAN.layers, 1, 2, lambda _: None), look_at(telemetry).snapshot
+    rows = whole_tokens(telemetry.trace(), NUM_LAYERS)
+    ceiling = find_ceiling(rows, [NUM_EXPERTS] * NUM_LAYERS, 1, 2, lambda _: None)
+    now = look_at(telemetry).snapshot
     assert now is not None and ceiling.beside(now) == (ceiling.last_reply, ceiling.session)
     assert replace(ceiling, reply=1).beside(now) == (None, ceiling.session)
     assert replace(ceiling, reply_uses=ceiling.reply_uses // 2).beside(now) == (None, ceiling.session)
     assert replace(ceiling, session_uses=ceiling.session_uses // 2).beside(now) == (ceiling.last_reply, None)
     full = replace(ceiling, reply_uses=0, session_uses=0, num_tokens=terms.CEILING_TOKENS)
     assert full.beside(now) == (ceiling.last_reply, ceiling.session)
+
+
+def test_each_token_counts_with_the_slots_of_its_time() -> None:
+    telemetry = served()
+    narrow = [share.slots for share in PLAN.layers]
+    of_narrow = find_ceiling(whole_tokens(telemetry.trace(), NUM_LAYERS), [NUM_EXPERTS] * NUM_LAYERS, 1, 2, print)
+    telemetry.set_plan(replace(PLAN, layers=tuple(replace(share, slots=NUM_EXPERTS) for share in PLAN.layers)), {})
+    of_both = find_ceiling(whole_tokens(telemetry.trace(), NUM_LAYERS), [NUM_EXPERTS] * NUM_LAYERS, 1, 2, print)
+    assert of_both.session == of_narrow.session, "a new plan says nothing about what was counted under the old one"
+    telemetry.begin_reply(1000.0, 1, 0)
+    telemetry.new_token(1000, 1000.0)
+    for token in (1001, 1002):
+        for layer in range(NUM_LAYERS):
+            telemetry.layer_step(layer, token, [0, 1], [Outcome.HIT] * 2, [1, 1])
+    rows = whole_tokens(telemetry.trace(), NUM_LAYERS)
+    assert rows["slots"][-3:].tolist() == [narrow, [NUM_EXPERTS] * NUM_LAYERS, [NUM_EXPERTS] * NUM_LAYERS]
 
 
 def best_hits(tokens: list[list[int]], slots: int) -> int:

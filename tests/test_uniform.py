@@ -127,11 +127,11 @@ def test_more_guesses_than_experts_in_use_are_refused() -> None:
         (EVERYTHING, {}, "moepic: all 16 experts are resident"),
         (EVERYTHING, {"strategy": "mixtral-offloading"}, "mixtral-offloading: all 16 experts are resident"),
         (STAGED + 5 * 20480, {},
-         "moepic: 5 of 16 tops cached, split ratio 0.40 everywhere (the paper's best uniform ratio)"),
+         "moepic: slots for 5 of 16 tops, split ratio 0.40 everywhere (the paper's best uniform ratio)"),
         (STAGED + 16 * 24576, {},
-         "moepic: 16 of 16 tops cached, split ratio 0.50 everywhere (all tops fit, so tops grew)"),
+         "moepic: slots for 16 of 16 tops, split ratio 0.50 everywhere (all tops fit, so tops grew)"),
         (STAGED + 5 * 20480, {"split": 0.25},
-         "moepic: 8 of 16 tops cached, split ratio 0.25 everywhere (as the strategy or the settings say)"),
+         "moepic: slots for 8 of 16 tops, split ratio 0.25 everywhere (as the strategy or the settings say)"),
     ],
 )  # fmt: skip
 def test_the_reason_is_a_sentence_for_people(budget: int, settings: dict[str, object], reason: str) -> None:

@@ -1,4 +1,4 @@
-"""The memory budget: one slider in GB, what it is made of, and what it buys. Works while the model answers."""
+"""The memory budget: one slider in GB (MB of small models), what it is made of, and what it buys. Works while the model answers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+
+from moepic_core.spec import DeviceKind
 
 from .. import cards
 from ..nouns import Preview
@@ -18,9 +20,9 @@ class Budget:
     bar: gr.HTML
 
 
-def build(memory: str) -> Budget:
+def build(device: DeviceKind) -> Budget:
     with gr.Column(elem_id="budget"):
-        slider = gr.Slider(0, 1, 0, label=f"{memory} budget (GB)", interactive=False, buttons=[], elem_id="slider")
+        slider = gr.Slider(0, 1, 0, label=_label(device, "GB"), interactive=False, buttons=[], elem_id="slider")
         bar = gr.HTML("null", html_template='<div class="memory"></div>', apply_default_css=False,
                       js_on_load="MoEpic.memory(element, props, watch)", elem_id="bar")  # fmt: skip
     return Budget(slider, bar)
@@ -34,26 +36,32 @@ def shown(preview: Preview | None) -> list[Any]:
     if numbers is None or preview.budget_bytes is None:
         return [gr.Slider(interactive=False), json.dumps(cards.budget_card(preview, preview.needs.smallest, None))]
     slider = gr.Slider(
-        minimum=numbers.minimum, maximum=numbers.maximum, step=numbers.step, value=numbers.value, interactive=True
-    )
+        minimum=numbers.minimum, maximum=numbers.maximum, step=numbers.step, value=numbers.value, interactive=True,
+        label=_label(preview.machine.device, numbers.unit),
+    )  # fmt: skip
     in_use = preview.budget_bytes if preview.loaded else None
     return [slider, json.dumps(cards.budget_card(preview, preview.budget_bytes, in_use))]
 
 
-def wanted_bytes(preview: Preview, gigabytes: float) -> int:
-    """The budget that the slider asks for: its ends are rounded, the budget is not."""
-    assert preview.needs is not None, preview.settings.checkpoint
-    return min(max(cards.to_bytes(gigabytes), preview.needs.smallest), preview.needs.everything)
+def _label(device: DeviceKind, unit: str) -> str:
+    return f"{cards.memory_of(device)} budget ({unit})"
 
 
-def wanted_vram(preview: Preview, gigabytes: float) -> str | int:
+def wanted_bytes(preview: Preview, value: float) -> int:
+    """The budget that the slider asks for with `value`: its ends are rounded, the budget is not."""
+    numbers = cards.budget_range(preview)
+    assert preview.needs is not None and numbers is not None, preview.settings.checkpoint
+    return min(max(numbers.to_bytes(value), preview.needs.smallest), preview.needs.everything)
+
+
+def wanted_vram(preview: Preview, value: float) -> str | int:
     """The same as a setting: the one that holds while the slider stands where it was put.
 
     The end of the slider means everything, also when loading finds a little more.
     """
     assert preview.needs is not None, preview.settings.checkpoint
     numbers = cards.budget_range(preview)
-    if numbers is not None and gigabytes == numbers.value:
+    if numbers is not None and value == numbers.value:
         return preview.settings.vram
-    budget = wanted_bytes(preview, gigabytes)
+    budget = wanted_bytes(preview, value)
     return "100%" if budget == preview.needs.everything else budget

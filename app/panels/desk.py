@@ -135,22 +135,22 @@ class Desk:
         if kept.problem is not None:
             self.state.tell("info", kept.problem)
 
-    def slide(self, preview: Preview | None, gigabytes: float) -> str:
+    def slide(self, preview: Preview | None, value: float) -> str:
         """While the slider moves: what this budget would buy."""
         if preview is None or preview.budget_bytes is None:
             return "null"
         snapshot = self.state.look().snapshot
         # Asked anew because this can be answered after the slider was released and its budget is in force.
         in_use = snapshot.plan.memory.budget if preview.loaded and snapshot and snapshot.plan else None
-        return json.dumps(cards.budget_card(preview, budget.wanted_bytes(preview, gigabytes), in_use))
+        return json.dumps(cards.budget_card(preview, budget.wanted_bytes(preview, value), in_use))
 
-    def release(self, preview: Preview | None, gigabytes: float) -> list[Any]:
+    def release(self, preview: Preview | None, value: float) -> list[Any]:
         """When it is let go: the loaded model gets the budget at its next token, another one when it is loaded."""
         if preview is None or preview.budget_bytes is None:
             return [gr.skip()] * len(self.outputs)
         name = preview.settings.checkpoint
         try:
-            return self.shown(self._apply(name, {"vram": budget.wanted_vram(preview, gigabytes)}))
+            return self.shown(self._apply(name, {"vram": budget.wanted_vram(preview, value)}))
         except MoepicError as error:
             self.state.tell("error", str(error))
             return self.shown(self.state.preview(preview.settings))
@@ -160,7 +160,7 @@ class Desk:
             return [gr.skip()] * len(self.outputs)
         try:
             self.state.clear_notice()
-            self.state.reserve(cards.to_bytes(gigabytes))
+            self.state.reserve(round(gigabytes * cards.UNITS["GB"]))
         except MoepicError as error:
             self.state.tell("error", str(error))
         try:
