@@ -20,8 +20,8 @@ NUM_WORST = 3
 PAGE_METRICS: tuple[Metric, ...] = (
     Metric("ceiling", "0..1", f"The best that a cache with as many slots can do: the share of uses that find their "
            f"expert in it when it always evicts what is needed again last (Belady), over the newest {CEILING_TOKENS} "
-           "decoded tokens, each with the slots of its time, from an empty cache. Those of the last reply, or all. Experts that were prefetched in time "
-           "are hits, but not here, so a layer can be above its ceiling."),
+           "decoded tokens, each with the slots of its time, from an empty cache. Those of the last reply, or all. "
+           "Experts that were prefetched in time are hits, but not here, so a layer can be above its ceiling."),
     Metric("worst_layers", "layers", f"The {NUM_WORST} layers with the greatest share of misses, worst first."),
     Metric("speed_history", "tokens/s", f"Speed of the newest {HISTORY_TOKENS} tokens, without the first of a reply: "
            "1 / the time since the token before.", "1 / seconds[kind == TOKEN]"),

@@ -3,9 +3,10 @@
 `python -m benchmarks.reference_checkpoints a|b|c|even|wide FOLDER`. A is Mixtral-like (few large experts), B
 Qwen3-MoE-like (many small ones), about 2 GB each; C has Qwen3-30B-A3B's layers, eight of its 48, about 10 GB, for GPUs.
 Embeddings have unit variance: with the usual 0.02 the routing of a random model collapses. Random weights route almost
-uniformly, which is the hardest case for a cache: hit rates measured here are no forecast for real text.
+uniformly, which is the hardest case for a cache: hit rates measured here are no forecast for real text. All have the
+bundled model's tokenizer, so that they can be talked to and calibrated.
 
-Two are for comparing strategies and have the bundled model's tokenizer. `even` is a random one too, Mixtral in small:
+Two are for comparing strategies. `even` is a random one too, Mixtral in small:
 16 layers of 8 experts, 6.3 MB each, used evenly, as Mixtral's nearly are. `wide` is the bundled model with each neuron
 of its experts 32 times, each counting a 32nd: it says and routes what the bundled model does, but its experts have
 3.1 MB, the size that real models' experts have, in place of 98 KB.
@@ -58,8 +59,7 @@ def make(name: str, folder: Path, device: str = "cpu") -> Path:
     model.get_input_embeddings().weight.data.normal_()
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder, max_shard_size="5GB")
-    if name == "even":
-        AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
     return folder
 
 

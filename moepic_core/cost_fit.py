@@ -31,8 +31,8 @@ def fit_costs(
     """`neurons` per layer. The link is what it was in the runs, or alone when nothing travelled in them.
 
     A step's time is stall + step_s + (guess_s) + transfers · transfer_s + Σ over segments of (segment_s + row_s · rows)
-    + admissions. What segments take is fitted to the compute events of all layers of one size, what the step takes
-    beside to the remainders of its time.
+    + drag · link seconds + admissions. What segments take, with the link idle and busy, is fitted to the compute events
+    of all layers of one size, what the step takes beside to the remainders of its time.
     """
     found = [Steps(run, neurons) for run in runs]
     admit_s = _admit_s_per_byte(runs, link_alone)
@@ -72,7 +72,8 @@ def computing(run: Run, neurons: Sequence[int], costs: Costs) -> NDArray[np.floa
         return np.asarray(of_layer("segment_s", rows) + of_layer("row_s", rows) * lengths[rows["part"], rows["layer"]])
 
     def transfers_s(rows: NDArray[np.void]) -> NDArray[np.float64]:
-        return of_layer("transfer_s", rows) * begins(rows)
+        link_s = rows["nbytes"] / costs.link_bytes_per_s + costs.link_latency_s * begins(rows)
+        return np.asarray(of_layer("transfer_s", rows) * begins(rows) + of_layer("drag", rows) * link_s)
 
     beside_s = costs.after_s + sum(each.before_s + each.step_s + run.guessing * each.guess_s for each in layers)
     expected_s = beside_s + sums(EventKind.COMPUTE, segments_s)
@@ -87,10 +88,12 @@ def _shared(found: Sequence[Steps], neurons: Sequence[int], size: int, admit_s: 
     """What all layers of `size` neurons have in common; `before_s` is left at 0."""
     layers = [layer for layer, own in enumerate(neurons) if own == size]
     parts = np.concatenate([steps.segments(layer) for steps in found for layer in layers])
-    base_s, row_s = _fit(parts[:, :1], parts[:, 1])
+    base_s, more_s, row_s = _fit(parts[:, :2], parts[:, 2])
     beside = np.concatenate([steps.beside(layer) for steps in found for layer in layers])
     step_s, guess_s, transfer_s, per_segment_s = _fit(beside[:, :3], beside[:, 3])
-    return LayerCosts(0.0, step_s, guess_s, base_s + per_segment_s, row_s, admit_s, transfer_s)
+    # Beside a busy link a second of computing takes 1 + more_s / row_s: that much of each of its seconds is lost.
+    drag = more_s / (row_s + more_s) if more_s else 0.0
+    return LayerCosts(0.0, step_s, guess_s, base_s + per_segment_s, row_s, admit_s, transfer_s, drag)
 
 
 def _admit_s_per_byte(runs: Sequence[Run], alone: LinkSpeed) -> float:

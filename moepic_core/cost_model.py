@@ -36,7 +36,7 @@ class Pieces(NamedTuple):
     top_link_s: Array
     hit_bytes: Array
     miss_bytes: Array
-    hit_handing_s: Array  # of compute, spent on the transfers of a cached top's bottom
+    hit_handing_s: Array  # of compute, lost to the transfers of a cached top's bottom
     miss_handing_s: Array
     top_s: Array  # of computing; 0 where there is no such segment
     bottom_s: Array
@@ -57,8 +57,9 @@ def pieces(layer: MoeLayer, costs: LayerCosts, machine: Costs, rows: NDArray[np.
         top_link_s=top_link_s,
         hit_bytes=bottom_bytes.astype(float),
         miss_bytes=(top_bytes + bottom_bytes).astype(float),
-        hit_handing_s=has_bottom.astype(float) * costs.transfer_s,
-        miss_handing_s=(has_top.astype(float) + has_bottom) * costs.transfer_s,
+        hit_handing_s=has_bottom * costs.transfer_s + bottom_link_s * costs.drag,
+        miss_handing_s=(has_top.astype(float) + has_bottom) * costs.transfer_s
+        + (top_link_s + bottom_link_s) * costs.drag,
         top_s=has_top * (costs.segment_s + rows * costs.row_s),
         bottom_s=has_bottom * (costs.segment_s + (layer.neurons - rows) * costs.row_s),
         # A whole expert's buffer becomes its slot. (Not if another layer's are larger, which no known model has.)

@@ -21,6 +21,7 @@ class LayerCosts:
     row_s: float  # more for each neuron of a segment
     admit_s: float  # of copying one arrived top into its slot, per byte; a whole expert's buffer becomes its slot
     transfer_s: float  # of handing one transfer over, and what serving it takes from whoever computes
+    drag: float = 0.0  # seconds that computing loses for each second of the link beside it: both use one memory
 
 
 @dataclass(frozen=True)

@@ -153,9 +153,7 @@ def hit_curve(ranks: NDArray[np.int16], num_experts: int) -> NDArray[np.float64]
     return curve
 
 
-def belady_hits(
-    experts: NDArray[np.int16], num_slots: int | Sequence[int], num_experts: int
-) -> NDArray[np.bool_]:
+def belady_hits(experts: NDArray[np.int16], num_slots: int | Sequence[int], num_experts: int) -> NDArray[np.bool_]:
     """Which activations of one layer hit if the victim is always the one used again last: bool [tokens, k].
 
     No choice of victims has more hits (Belady, IBM Systems Journal 5(2), 1966). As in the engine a token's experts

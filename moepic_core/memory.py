@@ -20,7 +20,7 @@ from .errors import BadSettings, MoepicError
 from .routing import RoutingTrace
 from .trace_file import load_trace, save_trace
 
-_VERSION = 5  # of what costs mean
+_VERSION = 6  # of what costs mean
 _STALE_S = 30 * 24 * 3600.0  # drivers, clocks and other programs change
 
 

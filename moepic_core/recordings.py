@@ -38,14 +38,19 @@ class Steps:
         self.busy = events[np.isin(events["kind"], (EventKind.COMPUTE, EventKind.STALL, EventKind.ADMIT))]
         moved = np.sort(events[np.isin(events["kind"], (EventKind.DEMAND, EventKind.PREFETCH))], order="start_s")
         self.moved = moved[begins(moved)]
+        self.link_shares = link_shares(self.compute, moved)
 
     def segments(self, layer: int) -> NDArray[np.float64]:
-        """`[segments, 2]`: rows and seconds of each that `layer` computed."""
-        work = self.compute[self.compute["layer"] == layer]
+        """`[segments, 3]`: of each that `layer` computed, rows beside a busy link, all rows, seconds.
+
+        How much of the time the link was busy is told in quarters, so that medians can be taken.
+        """
+        mine = self.compute["layer"] == layer
+        work, beside = self.compute[mine], np.round(4 * self.link_shares[mine]) / 4
         rows = np.zeros(len(Part))
         rows[[Part.WHOLE, Part.TOP, Part.BOTTOM]] = self.neurons[layer], self.top_rows[layer], self.neurons[layer]
         rows[Part.BOTTOM] -= self.top_rows[layer]
-        return np.column_stack((rows[work["part"]], work["end_s"] - work["start_s"]))
+        return np.column_stack((beside * rows[work["part"]], rows[work["part"]], work["end_s"] - work["start_s"]))
 
     def beside(self, layer: int) -> NDArray[np.float64]:
         """`[steps, 4]`: whether it guessed, how many transfers it handed over and segments it computed, its seconds
@@ -97,6 +102,22 @@ def begins(moved: NDArray[np.void]) -> NDArray[np.bool_]:
     begins = np.zeros(len(moved), bool)
     begins[np.unique(np.stack(keys), axis=1, return_index=True)[1]] = True
     return begins
+
+
+def link_shares(computed: NDArray[np.void], moved: NDArray[np.void]) -> NDArray[np.float64]:
+    """`[computed]`: 0..1, during how much of each event one of `moved`, sorted by their start, was under way."""
+    if not len(moved):
+        return np.zeros(len(computed))
+    ends_s = np.maximum.accumulate(moved["end_s"])
+    starts_s = np.maximum(moved["start_s"], np.concatenate(([-np.inf], ends_s[:-1])))
+    # Seconds of the link so far, at the start and the end of each of its busy times.
+    times_s = np.column_stack((starts_s, np.maximum(starts_s, ends_s))).ravel()
+    busy_s = np.concatenate(([0.0], np.cumsum(np.diff(times_s) * (np.arange(len(times_s) - 1) % 2 == 0))))
+    start_s, end_s = computed["start_s"], computed["end_s"]
+    spent_s = np.interp(end_s, times_s, busy_s) - np.interp(start_s, times_s, busy_s)
+    shares = np.zeros(len(computed))
+    np.divide(spent_s, end_s - start_s, out=shares, where=end_s > start_s)
+    return shares
 
 
 def bursts(events: NDArray[np.void]) -> NDArray[np.float64]:

@@ -73,6 +73,10 @@ class SimulatedLink:
         runs, self._runs = self._runs, []
         return runs
 
+    def seconds(self, nbytes: int) -> float:
+        """What a transfer of so many bytes takes once it is its turn."""
+        return self._latency_s + nbytes / self._bytes_per_s
+
     def demand(self, layer: int, expert: int, part: Part, nbytes: int, now_s: float) -> Ticket:
         """Submits a transfer that is needed now."""
         self.advance(now_s)

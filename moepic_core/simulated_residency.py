@@ -130,8 +130,8 @@ class SimulatedResidency:
 
     def submit(self, submit: Submit, number: int, expert: int, part: Part, nbytes: int) -> Ticket:
         """Hands a transfer over, which takes the running layer's time."""
-        ticket = submit(number, expert, part, nbytes, self.now_s)
-        self.now_s += self.layers[self.running].costs.transfer_s
+        ticket, costs = submit(number, expert, part, nbytes, self.now_s), self.layers[self.running].costs
+        self.now_s += costs.transfer_s + costs.drag * self.link.seconds(nbytes)
         return ticket
 
     def observe(self, number: int, experts: Sequence[int]) -> None:

@@ -102,7 +102,7 @@ def whole_tokens(trace: Trace, num_layers: int) -> NDArray[np.void]:
     rows = trace.routing[trace.routing["phase"] == TracePhase.DECODE]
     tokens, sizes = np.unique(rows["token"], return_counts=True)
     rows = rows[np.isin(rows["token"], tokens[sizes == num_layers])]
-    return rows[np.lexsort((rows["layer"], rows["token"]))].reshape(-1, num_layers)
+    return np.reshape(rows[np.lexsort((rows["layer"], rows["token"]))], (-1, num_layers))
 
 
 def used_experts(rows: NDArray[np.void]) -> NDArray[np.int16]:

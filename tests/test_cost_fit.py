@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from moepic_core.cost_fit import computing, fit_costs
 from moepic_core.costs import LinkSpeed
-from moepic_core.recordings import Run, bursts
+from moepic_core.recordings import Run, bursts, link_shares
 from moepic_core.trace import EVENT, Coverage, EventKind, Part, TracePhase
 
 BEFORE, STEP, GUESS, SEGMENT, ROW, AFTER, TRANSFER, ADMIT = 1e-3, 2e-4, 5e-5, 3e-5, 1e-6, 4e-3, 7e-5, 3e-10
+BUSY_ROW = 1.5e-6  # beside a busy link
 NEURONS = 100
 LINK = LinkSpeed(bytes_per_s=1e9, latency_s=1e-5, copy_s_per_byte=1e-10, host_bytes_per_s=1e10)
 
@@ -91,6 +92,60 @@ def test_what_transfers_and_admissions_cost_is_told_apart() -> None:
         assert names == pytest.approx(found, rel=1e-6)
     for each in runs:
         assert computing(each, [NEURONS] * 3, costs) == pytest.approx(np.ones(9), rel=0.01)
+
+
+def beside_link(shares: Sequence[float]) -> Run:
+    """Tokens of one layer with three segments each, of three lengths. The link is busy for the beginning of each."""
+    rows, now = [], 10.0
+
+    def put(kind: EventKind, part: int, start: float, end: float, nbytes: int, token: int, expert: int) -> None:
+        rows.append((kind, TracePhase.DECODE, part, 0, expert, 1, token, nbytes, start, end))
+
+    for token, share in enumerate(shares):
+        start = now
+        for expert, (part, size) in enumerate([(Part.WHOLE, NEURONS), (Part.TOP, 30), (Part.BOTTOM, 70)]):
+            idle_s = SEGMENT + ROW * size
+            # Of `share` of the time beside the link: rows of both speeds, the segment's own time at the slower pace.
+            seconds = SEGMENT + size * ((1 - share) * ROW + share * BUSY_ROW)
+            assert seconds >= idle_s
+            put(EventKind.COMPUTE, part, now, now + seconds, 0, token, expert)
+            if share:
+                put(EventKind.DEMAND, 0, now, now + share * seconds, 1000, token, 10 + expert)
+            now += seconds
+        put(EventKind.STEP, 0, start, now, 0, token, -1)
+        put(EventKind.TOKEN, 0, start, now, 0, token, -1)
+    return Run(np.array(rows, EVENT), (30,), False)
+
+
+def test_computing_is_slower_beside_a_busy_link() -> None:
+    (layer,) = fit_costs([beside_link([0, 0.25, 0.5, 0.75, 1] * 3)], [NEURONS], 4096, LINK).layers
+    assert (layer.segment_s, layer.row_s) == pytest.approx((SEGMENT, ROW), rel=1e-6)
+    # In a second beside the link BUSY_ROW takes the place of ROW: so much of it is lost.
+    assert layer.drag == pytest.approx(1 - ROW / BUSY_ROW, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_link_that_is_always_or_never_busy_drags_nothing(share: float) -> None:
+    """There is nothing to compare with: computing takes what it takes."""
+    (layer,) = fit_costs([beside_link([share] * 6)], [NEURONS], 4096, LINK).layers
+    assert layer.drag == 0
+    assert layer.row_s == pytest.approx(BUSY_ROW if share else ROW, rel=1e-6)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=8),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=1, max_size=8),
+)
+def test_the_share_of_the_link_is_counted_in_instants(
+    moves: list[tuple[int, int]], computes: list[tuple[int, int]]
+) -> None:
+    def events(kind: EventKind, times: list[tuple[int, int]]) -> np.ndarray:
+        return np.array([(kind, 1, 0, 0, 0, 1, 0, 0, start, start + length) for start, length in times], EVENT)
+
+    moved = np.sort(events(EventKind.DEMAND, moves), order="start_s")
+    busy = {instant for start, length in moves for instant in range(start, start + length)}
+    wanted = [len(busy & set(range(start, start + length))) / length if length else 0.0 for start, length in computes]
+    assert link_shares(events(EventKind.COMPUTE, computes), moved).tolist() == pytest.approx(wanted)
 
 
 def test_scores_of_all_runs_count_together() -> None:

@@ -87,6 +87,9 @@ def test_overheads_are_counted() -> None:
     assert result.compute_s == pytest.approx(0.5 + 3 * (2 * 0.25 + 1) + 5 + 5 * 0.125)
     assert result.prefetch_s == pytest.approx(10 + 2 * 2)  # two transfers
     assert result.demand_s == pytest.approx(5 + 2 + 10 + 2 * 2)
+    slower = dataclasses.replace(costs, drag=0.25)
+    dragged = times(5, 100, slower, machine, hits=1, misses=2, guessed_misses=1, admitted=1)
+    assert dragged.compute_s - result.compute_s == pytest.approx(0.25 * (10 + 2 * 2 + 5 + 2 + 10 + 2 * 2))
 
 
 def test_a_whole_expert_is_admitted_for_nothing() -> None:
@@ -126,7 +129,7 @@ machines = st.builds(
     Costs, st.just((COSTS,)), st.just(0.0), st.floats(100, 1e6), st.floats(0, 2), st.sampled_from([4096, 1 << 20]),
     st.just("measured"),
 )  # fmt: skip
-steps = st.builds(LayerCosts, *[st.floats(0, 3)] * 5, st.just(0.0), st.floats(0, 3))
+steps = st.builds(LayerCosts, *[st.floats(0, 3)] * 5, st.just(0.0), st.floats(0, 3), st.floats(0, 1))
 
 
 @given(situations(), machines, steps, st.integers(1, 10), st.floats(0, 50), st.floats(0, 50), st.floats(1, 20))
@@ -245,12 +248,13 @@ def test_more_slots_or_a_faster_link_never_slow_a_plan_down(seed: int) -> None:
 @pytest.mark.parametrize("ratio", [0.7, 2.9, 6])
 @pytest.mark.parametrize("prefetch", ["on", "off"])
 @pytest.mark.parametrize("split", [0.0, 0.5, 1.0])
-def test_tokens_take_as_long_as_in_the_simulator(ratio: float, prefetch: str, split: float) -> None:
+@pytest.mark.parametrize("drag", [0.0, 0.15])
+def test_tokens_take_as_long_as_in_the_simulator(ratio: float, prefetch: str, split: float, drag: float) -> None:
     """Within 4 %: another program, event by event, chunk by chunk, with real queues."""
     layer = toy_layer(40, 512, 16)
     layers, needs = (layer,) * 4, Needs((layer,) * 4, 3, 0, 0, 0)
     trace = toy_trace(1, 240, 4, 16, 3)
-    costs = toy_costs(layer, 4, 3, ratio)
+    costs = toy_costs(layer, 4, 3, ratio, drag=drag)
     for share in (0.25, 0.6):
         budget = needs.smallest + int(share * (needs.everything - needs.smallest))
         settings = Settings.create(checkpoint="x", split=split, prefetch=prefetch)

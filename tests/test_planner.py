@@ -138,7 +138,7 @@ def test_half_of_the_guesses_may_be_best() -> None:
 def test_without_recorded_routing_whole_experts_are_preferred() -> None:
     """To equal splits, unless assumed routing says clearly otherwise; the reason says that it is assumed."""
     kinds = set()
-    for seed in (1, 4, 10):
+    for seed in (1, 4, 12):
         toy = Toy(seed)
         budgets = budgets_of(toy, [0.3, 0.6, 0.9])
         wishes = [SETTINGS, SETTINGS.replace(split=1.0), SETTINGS.replace(split=0.5)]

@@ -114,7 +114,8 @@ def test_a_forecast_is_made_for_what_was_measured_also_before_a_load(state: Stat
     try:
         before = forecast_of(other, state.settings)
         assert other.look().loaded is None
-        assert before.at(needs.everything, "total_s") == pytest.approx(seconds[-1], rel=0.2)
+        # KV memory is estimated before a load, so everything is a little more or less.
+        assert before.points[-1][1].total_s == pytest.approx(seconds[-1], rel=0.01)
     finally:
         other.close()
 

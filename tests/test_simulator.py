@@ -288,6 +288,18 @@ def test_handing_over_takes_time_while_the_link_is_at_work_by_hand() -> None:
     assert result.token_s.tolist() == [38.25]
 
 
+def test_computing_loses_by_what_travels_beside_it_by_hand() -> None:
+    costs = replace(COSTS, layers=tuple(replace(layer, drag=0.25) for layer in COSTS.layers))
+    result = run_small(routing([[[1, -1]]]), plan(0.4, 1), costs)
+    assert timeline(result)[:5] == [
+        ("DEMAND", 0, 1, "TOP", 8192, 10.0, 12.5),
+        ("STALL", 0, -1, "WHOLE", 0, 11.5, 12.5),  # a quarter of the link's 6 s is lost
+        ("COMPUTE", 0, 1, "TOP", 0, 12.5, 13.0),
+        ("DEMAND", 0, 1, "BOTTOM", 12288, 12.5, 16.0),
+        ("STALL", 0, -1, "WHOLE", 0, 13.0, 16.0),
+    ]
+
+
 def test_starts_warm_after_earlier_tokens() -> None:
     everyone = routing([[[2 * pair, 2 * pair + 1]] for pair in range(NUM_EXPERTS // 2)])
     token = routing([[[1, 4]]])

@@ -34,7 +34,7 @@ def toy_layer(neurons: int = 40, hidden: int = 128, num_experts: int = 8) -> Moe
     return MoeLayer(0, num_experts, neurons, hidden, matrices=3, itemsize=4)
 
 
-def toy_costs(layer: MoeLayer, layers: int, top_k: int, ratio: float, admit_s: float = 0.0) -> Costs:
+def toy_costs(layer: MoeLayer, layers: int, top_k: int, ratio: float, admit_s: float = 0.0, drag: float = 0.0) -> Costs:
     """A machine on which loading a token's experts takes `ratio` times as long as computing it."""
     costs = LayerCosts(
         before_s=4e-5,
@@ -44,6 +44,7 @@ def toy_costs(layer: MoeLayer, layers: int, top_k: int, ratio: float, admit_s: f
         row_s=2e-5 / layer.neurons,
         admit_s=admit_s,
         transfer_s=1e-6,
+        drag=drag,
     )
     after_s = 1e-4
     compute_s = layers * (5e-5 + top_k * 2.5e-5) + after_s
@@ -62,7 +63,8 @@ class Toy:
         self.layer = toy_layer(int(generator.integers(1, 80)), int(generator.integers(16, 200)), num_experts)
         self.layers = (self.layer,) * num_layers
         self.needs = Needs(self.layers, self.top_k, resident=0, kv=0, workspace=0)
-        self.costs = toy_costs(self.layer, num_layers, self.top_k, 10 ** generator.uniform(-0.5, 1.5))
+        ratio, drag = 10 ** generator.uniform(-0.5, 1.5), 0.1 * (seed % 4)
+        self.costs = toy_costs(self.layer, num_layers, self.top_k, ratio, drag=drag)
         self.trace = toy_trace(seed, 80, num_layers, num_experts, self.top_k, generator.uniform(0, 1))
 
     @property

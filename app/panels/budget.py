@@ -1,4 +1,4 @@
-"""The memory budget: one slider in GB (MB of small models), what it is made of, and what it buys. Works while the model answers."""
+"""The memory budget: one slider in GB or MB, what it is made of, and what it buys. Works while the model answers."""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ def reserved_slider(preview: Preview) -> gr.Slider:
     """From nothing to all but what the model needs at least."""
     assert preview.needs is not None, preview.settings.checkpoint
     spare = max(preview.free_bytes + preview.reserved_bytes - preview.needs.smallest, preview.reserved_bytes)
-    most = max(0.1, int(spare / cards.GB * 10) / 10)
-    return gr.Slider(maximum=most, step=0.1, value=min(most, round(preview.reserved_bytes / cards.GB, 1)))
+    most = max(0.1, int(spare / cards.UNITS["GB"] * 10) / 10)
+    return gr.Slider(maximum=most, step=0.1, value=min(most, round(preview.reserved_bytes / cards.UNITS["GB"], 1)))
 
 
 def why(preview: Preview | None) -> list[tuple[str, str]] | None:
