@@ -91,8 +91,8 @@ def _shared(found: Sequence[Steps], neurons: Sequence[int], size: int, admit_s: 
     base_s, more_s, row_s = _fit(parts[:, :2], parts[:, 2])
     beside = np.concatenate([steps.beside(layer) for steps in found for layer in layers])
     step_s, guess_s, transfer_s, per_segment_s = _fit(beside[:, :3], beside[:, 3])
-    # Beside a busy link a second of computing takes 1 + more_s / row_s: that much of each of its seconds is lost.
-    drag = more_s / (row_s + more_s) if more_s else 0.0
+    lost_s, link_s = more_s * parts[:, 0].sum(), sum(steps.link_s[layer] for steps in found for layer in layers)
+    drag = float(lost_s / link_s) if link_s else 0.0
     return LayerCosts(0.0, step_s, guess_s, base_s + per_segment_s, row_s, admit_s, transfer_s, drag)
 
 

@@ -13,7 +13,7 @@ from .routing import RoutingTrace
 from .spec import EvictionName
 
 CANDIDATES: tuple[EvictionName, ...] = ("lcp-aged", "lru")  # the first one unless another is better by MARGIN
-MARGIN = 0.005  # of all uses: less is noise, and a change of policy is no free choice
+MARGIN = 0.001  # of all uses: less is noise
 _TOKENS, _LAYERS = 1024, 8  # that are looked at: a third of a second's work for the largest models
 
 

@@ -37,8 +37,9 @@ class Steps:
         self.compute = events[events["kind"] == EventKind.COMPUTE]
         self.busy = events[np.isin(events["kind"], (EventKind.COMPUTE, EventKind.STALL, EventKind.ADMIT))]
         moved = np.sort(events[np.isin(events["kind"], (EventKind.DEMAND, EventKind.PREFETCH))], order="start_s")
-        self.moved = moved[begins(moved)]
         self.link_shares = link_shares(self.compute, moved)
+        self.link_s = [busy_times(moved[moved["layer"] == layer])[1][-1] for layer in range(self.num_layers)]
+        self.moved = moved[begins(moved)]
 
     def segments(self, layer: int) -> NDArray[np.float64]:
         """`[segments, 3]`: of each that `layer` computed, rows beside a busy link, all rows, seconds.
@@ -106,18 +107,22 @@ def begins(moved: NDArray[np.void]) -> NDArray[np.bool_]:
 
 def link_shares(computed: NDArray[np.void], moved: NDArray[np.void]) -> NDArray[np.float64]:
     """`[computed]`: 0..1, during how much of each event one of `moved`, sorted by their start, was under way."""
-    if not len(moved):
-        return np.zeros(len(computed))
-    ends_s = np.maximum.accumulate(moved["end_s"])
-    starts_s = np.maximum(moved["start_s"], np.concatenate(([-np.inf], ends_s[:-1])))
-    # Seconds of the link so far, at the start and the end of each of its busy times.
-    times_s = np.column_stack((starts_s, np.maximum(starts_s, ends_s))).ravel()
-    busy_s = np.concatenate(([0.0], np.cumsum(np.diff(times_s) * (np.arange(len(times_s) - 1) % 2 == 0))))
+    times_s, busy_s = busy_times(moved)
     start_s, end_s = computed["start_s"], computed["end_s"]
     spent_s = np.interp(end_s, times_s, busy_s) - np.interp(start_s, times_s, busy_s)
     shares = np.zeros(len(computed))
     np.divide(spent_s, end_s - start_s, out=shares, where=end_s > start_s)
     return shares
+
+
+def busy_times(moved: NDArray[np.void]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Instants at which the link took up work and ran out of it, in turn, with `moved` sorted by their start; and
+    its busy seconds up to each.
+    """
+    ends_s = np.maximum.accumulate(moved["end_s"])
+    starts_s = np.maximum(moved["start_s"], np.concatenate(([-np.inf], ends_s[:-1]))[: len(moved)])
+    times_s = np.concatenate(([0.0], np.column_stack((starts_s, np.maximum(starts_s, ends_s))).ravel()))
+    return times_s, np.concatenate(([0.0], np.cumsum(np.diff(times_s) * (np.arange(len(times_s) - 1) % 2))))
 
 
 def bursts(events: NDArray[np.void]) -> NDArray[np.float64]:

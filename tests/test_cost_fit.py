@@ -120,8 +120,11 @@ def beside_link(shares: Sequence[float]) -> Run:
 def test_computing_is_slower_beside_a_busy_link() -> None:
     (layer,) = fit_costs([beside_link([0, 0.25, 0.5, 0.75, 1] * 3)], [NEURONS], 4096, LINK).layers
     assert (layer.segment_s, layer.row_s) == pytest.approx((SEGMENT, ROW), rel=1e-6)
-    # In a second beside the link BUSY_ROW takes the place of ROW: so much of it is lost.
-    assert layer.drag == pytest.approx(1 - ROW / BUSY_ROW, rel=1e-6)
+    # Each row beside the link took so much longer, and the link was busy for that share of three segments' time.
+    shares = np.array([0, 0.25, 0.5, 0.75, 1])
+    seconds = 3 * SEGMENT + 2 * NEURONS * ((1 - shares) * ROW + shares * BUSY_ROW)
+    lost_s = 2 * NEURONS * (BUSY_ROW - ROW) * shares.sum()
+    assert layer.drag == pytest.approx(lost_s / (shares * seconds).sum(), rel=1e-6)
 
 
 @pytest.mark.parametrize("share", [0, 1])
