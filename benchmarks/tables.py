@@ -71,10 +71,30 @@ def share_of(row: Row) -> float:
 
 
 def at_full_scale(result: dict[str, Any]) -> list[str]:
-    lines = []
+    lines = ahead(result)
     for name, rows in by_model(result).items():
         lines += ["", f"**{name}**", "", *speeds(rows, gigabytes_of, "device memory, GB")]
-    return lines[1:]
+    return lines
+
+
+def ahead(result: dict[str, Any]) -> list[str]:
+    """By how much `moepic` is lower than each of the others over all budgets, and its partial hits; in percent."""
+    names = [name for name in dict.fromkeys(row["strategy"] for row in result["rows"]) if name != "moepic"]
+    lines = [f"| model on card | {' | '.join(names)} | partial hits |", "|---" * (len(names) + 2) + "|"]
+    for model, rows in by_model(result).items():
+        ours = {row["budget_bytes"]: row for row in rows if row["strategy"] == "moepic"}
+        cells = [
+            _span([1 - ours[row["budget_bytes"]]["tpot_s"] / row["tpot_s"] for row in rows if row["strategy"] == name])
+            for name in names
+        ]
+        partial = _span([row["partial_hit_rate"] for row in ours.values()])
+        lines.append(f"| {model} | {' | '.join(cells)} | {partial} |")
+    return lines
+
+
+def _span(shares: Sequence[float]) -> str:
+    least, most = (round(100 * share) for share in (min(shares), max(shares)))
+    return f"{least} to {most}" if least < most else f"{least}"
 
 
 def by_model(result: dict[str, Any]) -> dict[str, list[Row]]:

@@ -124,6 +124,14 @@ def test_costs_that_followed_agree_with_the_replies(found: list[Drift]) -> None:
     assert new == dataclasses.replace(new, source="measured", error=COSTS.error, chunk_bytes=COSTS.chunk_bytes)
 
 
+def test_only_times_follow() -> None:
+    before = dataclasses.replace(COSTS.layers[0], drag=0.2)
+    costs = dataclasses.replace(COSTS, layers=(before,) * NUM_LAYERS)
+    after = followed(costs, [Drift(2.0, 2.0, 1.0)] * 3).layers[0]
+    assert after.drag == 0.2
+    assert dataclasses.astuple(after)[:-1] == tuple(2 * seconds for seconds in dataclasses.astuple(before)[:-1])
+
+
 @pytest.mark.parametrize(
     ("totals", "error", "expected"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.tables import by_ratio, compared, enough, errors, margins, read, sensitivities, share_of, speeds
+from benchmarks.tables import ahead, by_ratio, compared, enough, errors, margins, read, sensitivities, share_of, speeds
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MS = {"moepic": (80, 50, 40), "adapmoe": (100, 70, 30), "on-demand": (200, 200, 200)}
@@ -76,11 +76,25 @@ def test_kept_results_make_the_tables_of_the_documents() -> None:
     assert [line for line in tables if line not in shown()] == []
 
 
-@pytest.mark.parametrize(("name", "tables"), [("compare-2.9", 1), ("compare-1-6", 2), ("compare-ablations", 1)])
-def test_kept_comparisons_make_the_tables_of_the_documents(name: str, tables: int) -> None:
+@pytest.mark.parametrize("name", ["compare-1", "compare-2.9", "compare-6", "compare-ablations"])
+def test_kept_comparisons_make_the_tables_of_the_documents(name: str) -> None:
     found = [speeds(rows, share_of, "cached experts, % of all bytes") for rows in by_ratio(kept(name)).values()]
-    assert len(found) == tables
+    assert len(found) == 1
     assert [line for table in found for line in table if line not in shown()] == []
+
+
+def test_models_at_full_scale_make_the_table_of_the_documents() -> None:
+    found = ahead(kept("full-scale"))
+    assert len(found) == 8
+    assert [line for line in found if line not in shown()] == []
+
+
+def test_how_far_ahead_over_all_budgets() -> None:
+    found = [
+        {"model": "m", "machine": "card", "strategy": name, "budget_bytes": budget, "tpot_s": ms, "partial_hit_rate": 0}
+        for name, times in MS.items() for budget, ms in enumerate(times)
+    ]  # fmt: skip
+    assert ahead({"rows": found})[2:] == ["| m on card | -33 to 29 | 60 to 80 | 0 |"]
 
 
 def test_the_kept_comparison_with_even_routing_makes_its_table() -> None:
