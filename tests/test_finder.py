@@ -202,7 +202,7 @@ class Hub(BaseHTTPRequestHandler):
             if with_body and (wanted := self.headers.get("Range")):
                 self._go_on(body, headers, wanted)
                 return
-            if with_body and Hub.break_at and path.endswith(".safetensors"):
+            if with_body and Hub.break_at and "/model-00001-of-" in path:  # another one may be asked for beside it
                 self._break_off(body, headers)
                 return
         else:
@@ -215,9 +215,9 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _break_off(self, body: bytes, headers: dict[str, str]) -> None:
+        length, Hub.break_at = Hub.break_at, 0
         self._begin(200, {**headers, "Content-Length": str(len(body))})
-        self.wfile.write(body[: Hub.break_at])
-        Hub.break_at = 0
+        self.wfile.write(body[:length])
         self.close_connection = True
 
     def _go_on(self, body: bytes, headers: dict[str, str], wanted: str) -> None:
